@@ -1,0 +1,17 @@
+"""The method itself: penalty, drift and routing override, pure functions on arrays of router logits."""
+
+from safemoe_jax.routing.drift import drift, top_k_overlap
+from safemoe_jax.routing.override import RoutingOverride, apply_override, last_token_mask, make_override
+from safemoe_jax.routing.penalty import alignment_penalty, layer_divergence, layer_selection
+
+__all__ = [
+    "RoutingOverride",
+    "alignment_penalty",
+    "apply_override",
+    "drift",
+    "last_token_mask",
+    "layer_divergence",
+    "layer_selection",
+    "make_override",
+    "top_k_overlap",
+]
