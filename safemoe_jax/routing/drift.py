@@ -17,8 +17,8 @@ def drift(
 ) -> jax.Array:
     """Mean KL(reference || student) of each layer at temperature 1: ``[L]`` float32, nats.
 
-    The paper's d(w) is the mean of these over the layers (SafeMoE, "safety routing drift"). It is measured at the last
-    prompt token: pass ``[L, B, E]`` of those, or ``[L, B, T, E]`` with a ``token_mask [B, T]``.
+    The paper's d(w) is the mean of these over the layers (SafeMoE, "safety routing drift"). It is measured at
+    the last prompt token: pass ``[L, B, E]`` of those, or ``[L, B, T, E]`` with a ``token_mask [B, T]``.
 
     Raises InputError for unequal shapes.
     """
@@ -34,8 +34,8 @@ def top_k_overlap(
 ) -> jax.Array:
     """Mean Jaccard index of the two sets of ``top_k`` experts of each layer: ``[L]`` float32 in [0, 1].
 
-    1 means that the same experts are chosen everywhere, 0 that none is shared; shapes as in :func:`drift`. Two models
-    can choose the same experts with other weights (overlap 1, drift above 0). An all-zero mask gives 0.
+    1 means that the same experts are chosen everywhere, 0 that none is shared; shapes as in :func:`drift`.
+    Two models can choose the same experts with other weights (overlap 1, drift above 0). An all-zero mask gives 0.
 
     Raises:
         InputError: ``top_k`` outside 1 .. E, or unequal shapes.
@@ -61,6 +61,6 @@ def top_k_overlap(
 
 
 def _chosen(logits: jax.Array, top_k: int) -> jax.Array:
-    """1.0 at the experts a router with these logits chooses, else 0.0 (ties go to the lower index, as in top_k)."""
+    """1.0 at the experts a router with these logits chooses, else 0.0 (ties go to the lower index)."""
     _, index = jax.lax.top_k(logits.astype(jnp.float32), top_k)
     return jnp.sum(jax.nn.one_hot(index, logits.shape[-1]), axis=-2)

@@ -1,4 +1,4 @@
-"""The routing penalty: how far the router's distributions have moved from the aligned model's (paper eq. for L_reg).
+"""The routing penalty: how far the routers' distributions have moved from the aligned model's (L_reg).
 
 Shapes: L MoE layers, B prompts or batch rows, T row length, E experts.
 """
@@ -33,24 +33,27 @@ def alignment_penalty(
     """KL divergence between reference and current routing, a float32 scalar in nats, to be minimised.
 
     With the defaults this is the number the published code trains on: torch's
-    ``KLDivLoss(reduction="batchmean")`` on ``[B, L, E]``, that is, the sum over layers and the mean over prompts.
-    ``reduction="mean_layers"`` is the paper's formula, an expectation over layers as well (SafeMoE, L_reg).
+    ``KLDivLoss(reduction="batchmean")`` on ``[B, L, E]``, that is, the sum over layers and the mean over
+    prompts. ``reduction="mean_layers"`` is the paper's formula, an expectation over layers as well (SafeMoE,
+    L_reg).
 
     Args:
-        student_logits: router logits of the model in training, ``[L, B, E]`` (one token a prompt) or ``[L, B, T, E]``;
-            any float dtype, computed in float32. The gradient flows into these only.
+        student_logits: router logits of the model in training, ``[L, B, E]`` (one token a prompt) or
+            ``[L, B, T, E]``; any float dtype, computed in float32. The gradient flows into these only.
         reference_logits: router logits of the aligned model, same shape; treated as data.
-        temperature: divides both sets of logits before the softmax; published range 0.1 .. 1.3, smaller is stronger.
-        layer_weights: ``[L]`` non-negative weights (zeros leave layers out, see :func:`layer_selection`); None is all
-            ones. ``mean_layers`` divides by their sum.
-        token_mask: ``[B]`` or ``[B, T]``, bool or non-negative weights; what is zero contributes neither value nor
-            gradient, whatever stands there. None counts everything. An all-zero mask gives 0.
-        direction: ``forward`` is KL(reference || current), the published one; ``reverse`` is KL(current || reference).
+        temperature: divides both sets of logits before the softmax; published range 0.1 .. 1.3, smaller is
+            stronger.
+        layer_weights: ``[L]`` non-negative weights (zeros leave layers out, see :func:`layer_selection`); None is
+            all ones. ``mean_layers`` divides by their sum.
+        token_mask: ``[B]`` or ``[B, T]``, bool or non-negative weights; what is zero contributes neither value
+            nor gradient, whatever stands there. None counts everything. An all-zero mask gives 0.
+        direction: ``forward`` is KL(reference || current), the published one; ``reverse`` is
+            KL(current || reference).
         reduction: ``sum_layers`` or ``mean_layers``.
 
     Raises:
-        InputError: a non-positive concrete temperature, unequal shapes, or an unknown direction or reduction (all at
-            trace time).
+        InputError: a non-positive concrete temperature, unequal shapes, or an unknown direction or reduction
+            (all at trace time).
     """
     if reduction not in REDUCTIONS:
         raise InputError(
@@ -77,7 +80,8 @@ def layer_divergence(
     token_mask: jax.Array | None = None,
     direction: Direction = "forward",
 ) -> jax.Array:
-    """KL of each layer averaged over the tokens that count: ``[L]`` float32, nats. Arguments as in the penalty."""
+    """KL of each layer averaged over the tokens that count: ``[L]`` float32, nats. Arguments as in the
+    penalty."""
     if student_logits.ndim not in (3, 4):
         raise InputError(
             f"router logits have shape {student_logits.shape}",
@@ -96,7 +100,7 @@ def layer_divergence(
             where="token_mask",
             expected=str(student_logits.shape[1:-1]),
         )
-    # Both inputs are replaced where nothing counts: a NaN in padding would reach the gradient through 0 * NaN.
+    # Both inputs are replaced where nothing counts: a NaN in padding would reach the gradient by 0 * NaN.
     counts = (weights > 0)[None, ..., None]
     student = jnp.where(counts, student_logits, 0.0)
     reference = jnp.where(counts, reference_logits, 0.0)
@@ -135,11 +139,11 @@ def token_divergence(
 
 
 def layer_selection(moe_layers: Sequence[int], layers: Sequence[int] | None) -> np.ndarray:
-    """Layer weights that keep only the named decoder layers: ``[L]`` float32 of 0 and 1 for ``layer_weights``.
+    """Layer weights that keep only the named decoder layers: ``[L]`` float32, 0 or 1, for ``layer_weights``.
 
     Args:
         moe_layers: decoder layer index of each MoE layer, ascending (``config.moe_layers``).
-        layers: decoder layer indices to keep; negative ones count from the model's last MoE layer; None keeps all.
+        layers: decoder layer indices to keep; negative ones count from the last MoE layer; None keeps all.
 
     Raises:
         InputError: no layer named, or one that has no router.
