@@ -1,0 +1,27 @@
+"""Families of MoE models, by `model_type`. A family is a config translation and a tensor table, nothing else."""
+
+from __future__ import annotations
+
+from safemoe_jax.errors import InputError
+from safemoe_jax.families import olmoe
+from safemoe_jax.families.family import Family
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (olmoe.FAMILY,)}
+
+
+def family_of(model_type: object, where: str = "config.json") -> Family:
+    """The family of a `model_type`.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise InputError(
+            f"unknown model_type {model_type!r}",
+            where=where,
+            expected=f"one of {', '.join(sorted(FAMILIES))}",
+        )
+    return FAMILIES[model_type]
+
+
+__all__ = ["FAMILIES", "Family", "family_of"]

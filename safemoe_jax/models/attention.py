@@ -1,0 +1,109 @@
+"""Grouped-query attention over a row, or over a row and its cache.
+
+Legend: B rows, T queries, S keys, D model width, N query heads, G key/value heads, Q = N / G, H head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from safemoe_jax.models.config import ModelConfig
+from safemoe_jax.models.linear import Linear
+from safemoe_jax.models.norms import RMSNorm
+from safemoe_jax.models.rope import rotate
+
+
+class LayerCache(NamedTuple):
+    """The stacked keys and values of a segment, and where this layer writes.
+
+    keys_RBSGH, values_RBSGH: the whole stack, updated in place by the scan that carries it.
+    index: this layer's place in the stack. slot: the first key slot to write.
+    """
+
+    keys_RBSGH: jax.Array
+    values_RBSGH: jax.Array
+    index: jax.Array
+    slot: jax.Array
+
+
+class Attention(nnx.Module):
+    """Projections, optional q/k norm and clamp, rotary embedding, softmax attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        d_model, head_dim = config.d_model, config.head_dim
+        q_width, kv_width = config.n_heads * head_dim, config.n_kv_heads * head_dim
+        options = {"lora": config.lora, "bias": config.attention_bias}
+        self.q_proj = Linear("q_proj", d_model, q_width, ("embed", "heads"), **options)
+        self.k_proj = Linear("k_proj", d_model, kv_width, ("embed", "kv_heads"), **options)
+        self.v_proj = Linear("v_proj", d_model, kv_width, ("embed", "kv_heads"), **options)
+        self.o_proj = Linear("o_proj", q_width, d_model, ("heads", "embed"), **options)
+        has_norm = config.qk_norm == "full"
+        self.q_norm = RMSNorm(q_width, config.norm_eps, "heads") if has_norm else None
+        self.k_norm = RMSNorm(kv_width, config.norm_eps, "kv_heads") if has_norm else None
+        self.clip, self.head_dim = config.clip_qkv, head_dim
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask_BTS: jax.Array,
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attends; with a cache, writes this call's keys and values into it and attends to all of its slots.
+
+        Args:
+            x_BTD: normalised hidden states.
+            rope: cosines and sines of the T positions.
+            mask_BTS: bool, True where a query may see a key (S = T, or the cache's length).
+            cache: keys and values so far.
+
+        Returns:
+            The attention output [B, T, D] and the updated cache.
+        """
+        q_BTNH, k_BTGH, v_BTGH = self._project(x_BTD)
+        q_BTNH, k_BTGH = rotate(q_BTNH, rope), rotate(k_BTGH, rope)
+        if cache is not None:
+            cache = _write(cache, k_BTGH, v_BTGH)
+            k_BTGH = jax.lax.dynamic_index_in_dim(cache.keys_RBSGH, cache.index, keepdims=False)
+            v_BTGH = jax.lax.dynamic_index_in_dim(cache.values_RBSGH, cache.index, keepdims=False)
+        y_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, mask_BTS)
+        return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
+
+    def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None:
+            q, k, v = (jnp.clip(value, -self.clip, self.clip) for value in (q, k, v))
+        return tuple(value.reshape(*x_BTD.shape[:2], -1, self.head_dim) for value in (q, k, v))
+
+
+def attend(q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Scaled dot-product attention; scores and softmax in float32.
+
+    Returns:
+        [B, T, N, H] in the dtype of q.
+    """
+    batch, length, heads, head_dim = q_BTNH.shape
+    q_BTGQH = q_BTNH.reshape(batch, length, k_BSGH.shape[2], -1, head_dim)
+    scores_BGQTS = jnp.einsum("BTGQH,BSGH->BGQTS", q_BTGQH, k_BSGH, preferred_element_type=jnp.float32)
+    scores_BGQTS = scores_BGQTS * head_dim**-0.5
+    scores_BGQTS = jnp.where(mask_BTS[:, None, None], scores_BGQTS, jnp.finfo(jnp.float32).min)
+    weights_BGQTS = jax.nn.softmax(scores_BGQTS, axis=-1).astype(q_BTNH.dtype)
+    y_BTGQH = jnp.einsum("BGQTS,BSGH->BTGQH", weights_BGQTS, v_BSGH)
+    return y_BTGQH.reshape(batch, length, heads, head_dim)
+
+
+def _write(cache: LayerCache, k_BTGH: jax.Array, v_BTGH: jax.Array) -> LayerCache:
+    start = (cache.index, 0, cache.slot, 0, 0)
+
+    def write(stack_RBSGH: jax.Array, new_BTGH: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(stack_RBSGH, new_BTGH[None].astype(stack_RBSGH.dtype), start)
+
+    return cache._replace(
+        keys_RBSGH=write(cache.keys_RBSGH, k_BTGH), values_RBSGH=write(cache.values_RBSGH, v_BTGH)
+    )

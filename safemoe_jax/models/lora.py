@@ -1,0 +1,85 @@
+"""Adding, merging and describing low-rank adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from safemoe_jax.errors import InputError
+from safemoe_jax.models.config import LoraConfig, ModelConfig
+from safemoe_jax.models.params import Params, count, initialise, is_adapter
+from safemoe_jax.models.transformer import declare
+
+EXPERT_TARGETS = {"mlp.experts.gate_up_proj": "gate_up", "mlp.experts.down_proj": "down"}
+
+
+def with_adapters(config: ModelConfig, lora: LoraConfig) -> ModelConfig:
+    """The config of the network with adapters.
+
+    Raises:
+        InputError: a target matches no projection, no target is named, or the rank is below 1.
+    """
+    if lora.rank < 1:
+        raise InputError(f"LoRA rank {lora.rank}", where="lora.rank", expected="a rank of at least 1")
+    known = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", *EXPERT_TARGETS)
+    unknown = [target for target in lora.targets if target not in known]
+    if unknown or not lora.targets:
+        what = f"LoRA target {unknown[0]!r} matches no projection" if unknown else "no LoRA target is named"
+        raise InputError(what, where="lora.targets", expected=f"some of {', '.join(known)}")
+    return replace(config, lora=lora)
+
+
+def add_adapters(
+    config: ModelConfig, params: Params, lora: LoraConfig, key: jax.Array, mesh: Mesh | None = None
+) -> tuple[ModelConfig, Params]:
+    """Adds float32 adapters that change nothing yet (B = 0).
+
+    Returns:
+        The config with adapters and the parameters with their factors.
+    """
+    config = with_adapters(config, lora)
+    factors = {name: spec for name, spec in declare(config).items() if is_adapter(name)}
+    return config, {**params, **initialise(factors, key, dtype=jnp.float32, mesh=mesh)}
+
+
+def merge_adapters(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """Adds every adapter's update to its kernel (in float32) and drops the factors."""
+    if config.lora is None:
+        return config, params
+    merged = {name: value for name, value in params.items() if not is_adapter(name)}
+    for name in params:
+        if name.endswith("lora_a"):
+            _merge_one(merged, name, params[name], params[name[:-1] + "b"], config.lora.scale)
+    return replace(config, lora=None), merged
+
+
+def _merge_one(merged: Params, name: str, a: jax.Array, b: jax.Array, scale: float) -> None:
+    update = scale * jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
+    if name.endswith("gate_up_lora_a"):
+        stem = name.removesuffix("gate_up_lora_a")
+        targets = zip((f"{stem}gate", f"{stem}up"), jnp.split(update, 2, axis=-1), strict=True)
+    elif name.endswith("down_lora_a"):
+        targets = [(name.removesuffix("_lora_a"), update)]
+    else:
+        targets = [(name.removesuffix("lora_a") + "kernel", update)]
+    for target, part in targets:
+        merged[target] = (merged[target].astype(jnp.float32) + part).astype(merged[target].dtype)
+
+
+def describe(config: ModelConfig) -> str:
+    """One line for the user: what is adapted and which share of the parameters trains."""
+    specs = declare(config)
+    total = count({name: spec for name, spec in specs.items() if not is_adapter(name)})
+    if config.lora is None:
+        return f"full fine-tuning: all {total:,} parameters train"
+    adapters = {name: spec for name, spec in specs.items() if is_adapter(name)}
+    trained = count(adapters)
+    places = sum(spec.shape[0] for name, spec in adapters.items() if name.endswith("lora_a"))
+    targets = ", ".join(config.lora.targets)
+    return (
+        f"LoRA r {config.lora.rank} on {targets}: {places} projections, "
+        f"{trained:,} of {total:,} parameters train ({trained / total:.3%})"
+    )
