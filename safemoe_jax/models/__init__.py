@@ -5,8 +5,8 @@ from safemoe_jax.models.params import Params, ParamSpec, Weights, initialise, sp
 from safemoe_jax.models.transformer import (
     Output,
     RoutingOverride,
-    decode_step,
     declare,
+    decode_step,
     forward,
     hidden_states,
     prefill,

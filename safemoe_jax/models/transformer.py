@@ -23,7 +23,7 @@ from safemoe_jax.parallel.mesh import constrain
 
 ACTIVATION_AXES = ("batch", None, None)
 DEFAULT_COMPUTE = Compute()
-_STACKED_EXPERTS = tuple(f"moe.experts.{name}" for name in ("gate", "up", "down"))
+_EXPERT_STACKS = tuple(f"moe.experts.{name}" for name in ("gate", "up", "down"))
 
 
 class Output(NamedTuple):
@@ -217,7 +217,8 @@ def routing_pass(
             config, weights, last, x_BTD, row, None, compute, stop=repeats - 1
         )
         router_logits.append(logits_RBTE)
-    layer, _ = _layer(config, weights, last, repeats - 1, compute)
+    trainable = {k: v[-1] for k, v in _segment_params(weights.trainable, last).items()}
+    layer, _ = _layer(config, _frozen_stacks(weights, last, compute), trainable, repeats - 1)
     x_BTD, _ = layer.attend(x_BTD, row, None)
     router_logits.append(layer.route(x_BTD)[None])
     return _stack(router_logits)
@@ -352,13 +353,14 @@ def _run_segment(
     stacked, not summed.
     """
     stop = config.segments[s].repeats if stop is None else stop
+    frozen = _frozen_stacks(weights, s, compute)
     trainable = {k: v[:stop] for k, v in _segment_params(weights.trainable, s).items()}
     stacks = None if cache is None else (cache.keys[s], cache.values[s])
 
     def body(carry: tuple, per_layer: tuple) -> tuple[tuple, jax.Array]:
         x_BTD, stacks = carry
         index, trainable, forced_BTE = per_layer
-        layer, first_group = _layer(config, weights, s, index, compute, trainable)
+        layer, first_group = _layer(config, frozen, trainable, index)
         layer_cache = None if stacks is None else LayerCache(*stacks, index, row.slot)
         x_BTD, layer_cache = layer.attend(x_BTD, row, layer_cache)
         x_BTD, logits_BTE = layer.experts(x_BTD, row, forced_BTE, first_group, compute)
@@ -382,30 +384,42 @@ def _rematerialised(body: callable, compute: Compute) -> callable:
 
 def _layer(
     config: ModelConfig,
-    weights: Weights,
-    s: int,
+    frozen: Params,
+    trainable: Params,
     index: jax.Array | int,
-    compute: Compute,
-    trainable: Params | None = None,
 ) -> tuple[Layer, jax.Array | int]:
-    """Layer `index` of segment s, and where its experts begin in the expert arrays.
+    """Layer `index` of a segment, and where its experts begin in the expert arrays.
 
-    A frozen expert stack is handed over whole (reshaped, not copied), because the kernel reads one expert at
-    a time. On a mesh the stack's expert axis may be split, so there the layer is sliced.
+    Args:
+        config: the network.
+        frozen: the segment's frozen stacks, as `_frozen_stacks` gives them.
+        trainable: this layer's trainable parameters.
+        index: int32, the layer's place in the segment.
     """
-    frozen = _segment_params(weights.frozen, s)
-    if trainable is None:
-        trainable = {k: v[index] for k, v in _segment_params(weights.trainable, s).items()}
-    in_place = compute.mesh is None or compute.mesh.size == 1
     arrays, first_group = dict(trainable), 0
     for name, stack in frozen.items():
-        if in_place and name in _STACKED_EXPERTS:
-            arrays[name] = stack.reshape(-1, *stack.shape[2:])
-            first_group = index * config.n_experts
+        if name in _EXPERT_STACKS and stack.ndim == 3:
+            arrays[name], first_group = stack, index * config.n_experts
         else:
             layer_slice = jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
             arrays[name] = checkpoint_name(layer_slice, "frozen_weights")
     return bind(Layer(config), arrays), first_group
+
+
+def _frozen_stacks(weights: Weights, s: int, compute: Compute) -> Params:
+    """A segment's frozen parameters, stacked over its layers.
+
+    On one device an expert stack is handed to the kernel whole, [R * E, ...] (a reshape, no copy), because
+    the kernel reads one expert at a time. On a mesh its expert axis may be split, so there each layer is
+    sliced.
+    """
+    frozen = _segment_params(weights.frozen, s)
+    if compute.mesh is not None and compute.mesh.size > 1:
+        return frozen
+    return {
+        name: stack.reshape(-1, *stack.shape[2:]) if name in _EXPERT_STACKS else stack
+        for name, stack in frozen.items()
+    }
 
 
 def _segment_params(params: Params, s: int, p: int = 0) -> Params:
