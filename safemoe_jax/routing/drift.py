@@ -35,7 +35,8 @@ def top_k_overlap(
     """Mean Jaccard index of the two sets of ``top_k`` experts of each layer: ``[L]`` float32 in [0, 1].
 
     1 means that the same experts are chosen everywhere, 0 that none is shared; shapes as in :func:`drift`.
-    Two models can choose the same experts with other weights (overlap 1, drift above 0). An all-zero mask gives 0.
+    Two models can choose the same experts with other weights (overlap 1, drift above 0). An all-zero mask
+    gives 0.
 
     Raises:
         InputError: ``top_k`` outside 1 .. E, or unequal shapes.

@@ -17,10 +17,13 @@ PLACES: tuple[Where, ...] = ("last_token", "prompt")
 
 
 class RoutingOverride(NamedTuple):
-    """Router logits to route by instead of the model's own, wherever the mask is true."""
+    """Router logits to route by instead of the model's own, wherever the mask is true.
 
-    router_logits_LBTE: jax.Array
-    mask_BT: jax.Array
+    router_logits: float ``[L, B, T, E]``. mask: bool ``[B, T]``.
+    """
+
+    router_logits: jax.Array
+    mask: jax.Array
 
 
 def make_override(
@@ -46,11 +49,6 @@ def last_token_mask(attention_mask_BT: jax.Array) -> jax.Array:
     """True at the last real token of each right-padded row, bool ``[B, T]``; an empty row has none."""
     length_B = jnp.sum(attention_mask_BT.astype(jnp.int32), axis=1)
     return jnp.arange(attention_mask_BT.shape[1])[None, :] == length_B[:, None] - 1
-
-
-def apply_override(own_BTE: jax.Array, forced_BTE: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """The router logits one layer routes by: ``forced`` where the mask is true, the layer's own elsewhere."""
-    return jnp.where(mask_BT[..., None], forced_BTE.astype(own_BTE.dtype), own_BTE)
 
 
 def at_last_token(values_BTX: jax.Array, attention_mask_BT: jax.Array) -> jax.Array:

@@ -43,10 +43,10 @@ def alignment_penalty(
         reference_logits: router logits of the aligned model, same shape; treated as data.
         temperature: divides both sets of logits before the softmax; published range 0.1 .. 1.3, smaller is
             stronger.
-        layer_weights: ``[L]`` non-negative weights (zeros leave layers out, see :func:`layer_selection`); None is
-            all ones. ``mean_layers`` divides by their sum.
-        token_mask: ``[B]`` or ``[B, T]``, bool or non-negative weights; what is zero contributes neither value
-            nor gradient, whatever stands there. None counts everything. An all-zero mask gives 0.
+        layer_weights: ``[L]`` non-negative weights (zeros leave layers out, see :func:`layer_selection`);
+            None is all ones. ``mean_layers`` divides by their sum.
+        token_mask: ``[B]`` or ``[B, T]``, bool or non-negative weights; what is zero contributes neither
+            value nor gradient, whatever stands there. None counts everything. An all-zero mask gives 0.
         direction: ``forward`` is KL(reference || current), the published one; ``reverse`` is
             KL(current || reference).
         reduction: ``sum_layers`` or ``mean_layers``.

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from safemoe_jax.errors import InputError
-from safemoe_jax.routing import apply_override, drift, last_token_mask, make_override, top_k_overlap
-from safemoe_jax.routing.override import at_last_token
+from safemoe_jax.routing import at_last_token, drift, last_token_mask, make_override, top_k_overlap
 
 
 def router_logits(seed, shape):
@@ -50,18 +49,10 @@ def test_override_places():
     last = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]], bool)
     np.testing.assert_array_equal(last_token_mask(attention), last)
     forced = router_logits(0, (2, 4, 4, 3))
-    np.testing.assert_array_equal(make_override(forced, attention, "last_token").mask_BT, last)
-    np.testing.assert_array_equal(make_override(forced, attention, "prompt").mask_BT, attention.astype(bool))
+    np.testing.assert_array_equal(make_override(forced, attention, "last_token").mask, last)
+    np.testing.assert_array_equal(make_override(forced, attention, "prompt").mask, attention.astype(bool))
     with pytest.raises(InputError, match="everywhere"):
         make_override(forced, attention, "everywhere")
-
-
-def test_override_replaces_only_masked_tokens():
-    own, forced = router_logits(0, (2, 3, 4)), router_logits(1, (2, 3, 4))
-    mask = np.array([[True, False, False], [False, True, True]])
-    got = np.asarray(apply_override(own, forced, mask))
-    np.testing.assert_array_equal(got[mask], forced[mask])
-    np.testing.assert_array_equal(got[~mask], own[~mask])
 
 
 def test_value_at_last_token():

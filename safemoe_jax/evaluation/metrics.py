@@ -1,0 +1,143 @@
+"""Numbers from judged answers: shares with Wilson intervals, ROUGE-1, text and SQL matches.
+
+A metric maps samples and their answers to one score in [0, 1] for each sample, None where the score is undefined.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from safemoe_jax.data.sources import Sample
+from safemoe_jax.errors import InputError
+from safemoe_jax.evaluation.sql import create_statements, execution_match
+
+Score = float | None
+Metric = Callable[[Sequence[Sample], Sequence[str]], dict[str, list[Score]]]
+"""Samples and answers to named lists of scores; the first name is the fine-tuning accuracy (FA)."""
+
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson's score interval of a share, as fractions (E. B. Wilson 1927).
+
+    Unlike the normal approximation it is not empty at 0 or n successes: 0 of 100 gives 0 .. 0.037.
+
+    Raises:
+        ValueError: n is 0, or successes lie outside 0 .. n.
+    """
+    if n <= 0 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}")
+    share, spread = successes / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def share_percent(flags: Iterable[bool]) -> dict[str, Any]:
+    """Share of true flags in percent: ``{"value", "low", "high", "n"}`` with Wilson's 95 % interval."""
+    flags = list(flags)
+    low, high = wilson_interval(sum(flags), len(flags))
+    return {"value": 100 * sum(flags) / len(flags), "low": 100 * low, "high": 100 * high, "n": len(flags)}
+
+
+def mean_percent(scores: Iterable[Score]) -> dict[str, Any]:
+    """Mean of the defined scores in percent: ``{"value", "low", "high", "n", "undefined"}``.
+
+    Scores that are all 0 or 1 get Wilson's interval, others the normal one (mean +- 1.96 standard errors).
+    Without any defined score the value and its interval are None.
+    """
+    scores = list(scores)
+    defined = [score for score in scores if score is not None]
+    undefined = len(scores) - len(defined)
+    if not defined:
+        return {"value": None, "low": None, "high": None, "n": 0, "undefined": undefined}
+    if all(score in (0, 1) for score in defined):
+        return share_percent(bool(score) for score in defined) | {"undefined": undefined}
+    n, mean = len(defined), sum(defined) / len(defined)
+    variance = sum((score - mean) ** 2 for score in defined) / max(n - 1, 1)
+    half = Z_95 * math.sqrt(variance / n)
+    low, high = max(0.0, mean - half), min(1.0, mean + half)
+    return {"value": 100 * mean, "low": 100 * low, "high": 100 * high, "n": n, "undefined": undefined}
+
+
+def rouge1(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[Score]]:
+    """ROUGE-1 F-measure of each answer against its sample's (rouge-score, no stemmer: the published variant)."""
+    from rouge_score.rouge_scorer import (
+        RougeScorer,
+    )  # imports nltk: a second that other commands need not pay
+
+    scorer = RougeScorer(["rouge1"], use_stemmer=False)
+    pairs = zip(_references(samples), answers, strict=True)
+    return {"rouge1": [scorer.score(reference, answer)["rouge1"].fmeasure for reference, answer in pairs]}
+
+
+def exact(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[Score]]:
+    """Whether the answer is the sample's, but for case and white space."""
+    pairs = zip(_references(samples), answers, strict=True)
+    return {"exact": [float(_collapse(reference) == _collapse(answer)) for reference, answer in pairs]}
+
+
+def sql(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[Score]]:
+    """Exact and included match after normalisation, and execution match on SQLite.
+
+    ``execution`` runs both queries on synthetic rows in the tables that the prompt's CREATE statements
+    declare (:func:`safemoe_jax.evaluation.sql.execution_match`); None where the rows cannot decide.
+    """
+    references = _references(samples)
+    scores: dict[str, list[Score]] = {"exact": [], "included": [], "execution": []}
+    for sample, reference, answer in zip(samples, references, answers, strict=True):
+        wanted, got = normalise_sql(reference), normalise_sql(answer)
+        scores["exact"].append(float(wanted == got))
+        scores["included"].append(float(wanted in got))
+        tables = create_statements(sample.user)
+        scores["execution"].append(execution_match(tables, strip_answer(reference), strip_answer(answer)))
+    return scores
+
+
+METRICS: dict[str, Metric] = {"rouge1": rouge1, "sql": sql, "exact": exact}
+
+
+def get_metric(name: str) -> Metric:
+    """The metric of that name; InputError if there is none."""
+    if name not in METRICS:
+        raise InputError(f"unknown metric {name!r}", where="task_metric", expected=" or ".join(METRICS))
+    return METRICS[name]
+
+
+def normalise_sql(query: str) -> str:
+    """A query in the form that exact match compares (the published protocol's rules).
+
+    A leading "Answer:" goes, quoted numbers lose their quotes, single quotes round text become double ones,
+    backticks go, one trailing ";" goes, white space collapses, letters become lower case.
+    """
+    query = re.sub(r"""(['"])([+-]?\d+(?:\.\d+)?)\1""", r"\2", strip_answer(query))
+    query = _QUOTED.sub(lambda match: f'"{match[1]}"' if match[1] is not None else match[0], query)
+    return _collapse(query.replace("`", "").strip().removesuffix(";"))
+
+
+def strip_answer(text: str) -> str:
+    """The text without a leading "Answer:" and without surrounding white space."""
+    return re.sub(r"^\s*answer:", "", text, flags=re.IGNORECASE).strip()
+
+
+# A double-quoted text is matched as well, so that an apostrophe inside it is not taken for a quote.
+_QUOTED = re.compile(r"""'((?:[^']|'')*)'|"[^"]*\"""")
+
+
+def _collapse(text: str) -> str:
+    return " ".join(text.split()).lower()
+
+
+def _references(samples: Sequence[Sample]) -> list[str]:
+    missing = next((sample for sample in samples if sample.answer is None), None)
+    if missing is not None:
+        raise InputError(
+            "a sample has no answer to compare with",
+            where=f"{missing.source}, sample {missing.index}",
+            expected="a task file whose samples carry an answer",
+        )
+    return [sample.answer for sample in samples]
