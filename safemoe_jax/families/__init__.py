@@ -1,4 +1,4 @@
-"""Families of MoE models, by `model_type`. A family is a config translation and a tensor table, nothing else."""
+"""Families of MoE models, by `model_type`: each a config translation and a tensor table, nothing else."""
 
 from __future__ import annotations
 
