@@ -1,0 +1,269 @@
+"""Rows of JSON, JSON Lines, CSV, parquet and plain-text files, and of data sets on the Hugging Face hub.
+
+A row keeps the place it came from, so that every later complaint can name file and line. The only effects are
+reads.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safemoe_jax.errors import InputError
+
+_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".txt")
+_COMPRESSIONS = (".gz", ".xz")
+_HUB_ID = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.\-]*/[\w.\-]+)(?::(?P<config>[\w.\-]+))?$")
+# The hub converts every public data set to parquet on this branch, as CONFIG/SPLIT/NNNN.parquet: one layout
+# for all.
+_PARQUET_BRANCH = "refs/convert/parquet"
+
+
+class Row(NamedTuple):
+    """One record: its value, its number in the file (from 0) and where it stands, for messages."""
+
+    value: dict[str, Any] | str
+    index: int
+    place: str
+
+
+def read_rows(path: str, split: str | None = None) -> list[Row]:
+    """Reads all records of a local file or, when no such file exists, of a hub data set.
+
+    Args:
+        path: a file ending in .json, .jsonl, .ndjson, .csv, .parquet or .txt (.gz or .xz may follow), or a
+            hub id `owner/name` or `owner/name:config`.
+        split: the split of a hub data set; ignored for files.
+
+    Returns:
+        The rows in file order: dictionaries, or strings where the file is a list of strings.
+
+    Raises:
+        InputError: no such file, unreadable, not UTF-8, malformed (with the line), empty.
+    """
+    file = Path(path).expanduser()
+    if file.exists():
+        rows = _read_file(file)
+    elif match := _hub_match(path):
+        rows = _read_hub(match["repo"], match["config"], split)
+    else:
+        raise InputError(
+            "no such data file",
+            where=path,
+            expected=f"a file ({', '.join(_SUFFIXES)}) or a hub id owner/name",
+        )
+    if not rows:
+        raise InputError("the data file is empty", where=path, expected="at least one record")
+    return [Row(row.value, index, row.place) for index, row in enumerate(rows)]
+
+
+def _hub_match(path: str) -> re.Match[str] | None:
+    looks_like_a_file = _format_suffix(Path(path)) in _SUFFIXES
+    return None if looks_like_a_file else _HUB_ID.match(path)
+
+
+def _format_suffix(file: Path) -> str:
+    bare = file.with_suffix("") if file.suffix.lower() in _COMPRESSIONS else file
+    return bare.suffix.lower()
+
+
+def _read_file(file: Path) -> list[Row]:
+    suffix = _format_suffix(file)
+    if file.is_dir() or suffix not in _SUFFIXES:
+        what = "a folder is not a data file" if file.is_dir() else f"unknown kind of data file '{suffix}'"
+        raise InputError(what, where=str(file), expected=f"a file ending in one of {', '.join(_SUFFIXES)}")
+    if suffix == ".parquet":
+        return _read_parquet(file)
+    text = _read_text(file)
+    if not text.strip():
+        raise InputError("the data file is empty", where=str(file), expected="at least one record")
+    readers = {".csv": _parse_csv, ".json": _parse_json, ".txt": _parse_plain}
+    return list(readers.get(suffix, _parse_json_lines)(text, str(file)))
+
+
+def _read_text(file: Path) -> str:
+    openers = {".gz": gzip.open, ".xz": lzma.open}
+    try:
+        # utf-8-sig: spreadsheets write a byte-order mark, which would become part of the first field's name.
+        with openers.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig", newline="") as handle:
+            return handle.read()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the data file is not UTF-8 text (byte {error.start})", where=str(file), expected="UTF-8"
+        ) from error
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise InputError(
+            f"cannot read the data file: {error}", where=str(file), expected="a readable file"
+        ) from error
+
+
+def _parse_json(text: str, file: str) -> Iterator[Row]:
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        if (
+            error.msg == "Extra data" and error.lineno > 1
+        ):  # several documents: JSON Lines under the name .json
+            yield from _parse_json_lines(text, file)
+            return
+        raise _malformed(error, file, error.lineno) from error
+    if isinstance(document, dict):
+        lists = [value for value in document.values() if isinstance(value, list)]
+        document = lists[0] if len(lists) == 1 else [document]
+    if not isinstance(document, list):
+        raise InputError(
+            "the JSON document is not a list", where=file, expected="a list of objects or of strings"
+        )
+    for index, value in enumerate(document):
+        yield _row(value, index, f"{file}, row {index + 1}")
+
+
+def _parse_json_lines(text: str, file: str) -> Iterator[Row]:
+    # Not splitlines(): it also breaks at U+2028 and form feeds, which may stand unescaped inside a JSON
+    # string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise _malformed(error, file, number) from error
+            yield _row(value, number - 1, f"{file}, line {number}")
+
+
+def _malformed(error: json.JSONDecodeError, file: str, line: int) -> InputError:
+    return InputError(
+        f"malformed JSON: {error.msg}",
+        where=f"{file}, line {line}, column {error.colno}",
+        expected="valid JSON",
+    )
+
+
+def _row(value: Any, index: int, place: str) -> Row:
+    if not isinstance(value, dict | str):
+        raise InputError(
+            f"a record is a {type(value).__name__}", where=place, expected="an object or a string"
+        )
+    return Row(value, index, place)
+
+
+def _parse_csv(text: str, file: str) -> Iterator[Row]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for index, value in enumerate(reader):
+            # line_num is the record's last line; cells may span several.
+            breaks = sum(cell.count("\n") for cell in value.values() if isinstance(cell, str))
+            place = f"{file}, line {reader.line_num - breaks}"
+            if None in value:
+                raise InputError(
+                    "a line has more cells than the header", where=place, expected="one cell a column"
+                )
+            yield Row(value, index, place)
+    except csv.Error as error:
+        raise InputError(
+            f"malformed CSV: {error}",
+            where=f"{file}, line {reader.line_num}",
+            expected="quoted, comma-separated text",
+        ) from error
+
+
+def _parse_plain(text: str, file: str) -> Iterator[Row]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            yield Row(line.strip(), number - 1, f"{file}, line {number}")
+
+
+def _read_parquet(file: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # One file, opened by us: the data-set reader would treat folder names like "a=1" as columns.
+        with file.open("rb") as handle:
+            values = pyarrow.parquet.ParquetFile(handle).read().to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(
+            f"cannot read the parquet file: {error}", where=str(file), expected="a parquet file"
+        ) from error
+    return [Row(value, index, f"{file}, row {index + 1}") for index, value in enumerate(values)]
+
+
+def _read_hub(repo: str, config: str | None, split: str | None) -> list[Row]:
+    import httpx
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        revision = _PARQUET_BRANCH
+        try:
+            names = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+        except RevisionNotFoundError:  # gated and private data sets are not converted
+            revision = "main"
+            names = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+        chosen = choose_hub_files(names, config=config, split=split, repo=repo)
+        local = [hf_hub_download(repo, name, repo_type="dataset", revision=revision) for name in chosen]
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        raise InputError(
+            f"neither a file nor a data set that the hub gives us: {type(error).__name__}: {error}".strip(),
+            where=repo,
+            expected="a local file, or the id of a data set you can reach (log in for gated ones)",
+        ) from error
+    rows = [row for name in local for row in _read_file(Path(name))]
+    return [
+        Row(row.value, index, f"{repo} ({split or 'train'}), row {index + 1}")
+        for index, row in enumerate(rows)
+    ]
+
+
+def choose_hub_files(names: list[str], *, config: str | None, split: str | None, repo: str) -> list[str]:
+    """Picks the files of one split of a hub data set.
+
+    Args:
+        names: every path in the repository, at the parquet branch or at main.
+        config: the configuration's name; None where only one configuration has the split.
+        split: the split; None means `train`, or the only split there is.
+        repo: the id, for messages.
+
+    Returns:
+        Paths, sorted. At the parquet branch those under CONFIG/SPLIT/, else the data files with the split in
+        the name.
+
+    Raises:
+        InputError: no such split, or several configurations have it.
+    """
+    parts = {name: Path(name).parts for name in names}
+    converted = {name: (p[0], p[1]) for name, p in parts.items() if len(p) == 3 and name.endswith(".parquet")}
+    if not converted:
+        return _choose_by_name(names, split, repo)
+    pairs = {pair for pair in converted.values() if config in (None, pair[0])}
+    splits = {pair[1] for pair in pairs}
+    wanted = split or (splits.copy().pop() if len(splits) == 1 else "train")
+    matches = sorted(pair for pair in pairs if pair[1] == wanted)
+    if len(matches) != 1:
+        what = "no such split" if not matches else "several configurations have this split"
+        known = ", ".join(f"{c}/{s}" for c, s in sorted(set(converted.values())))
+        raise InputError(
+            f"{what}: '{wanted}'", where=repo, expected=f"owner/name:config and a split among {known}"
+        )
+    return sorted(name for name, pair in converted.items() if pair == matches[0])
+
+
+def _choose_by_name(names: list[str], split: str | None, repo: str) -> list[str]:
+    data = [name for name in names if _format_suffix(Path(name)) in set(_SUFFIXES) - {".txt"}]
+    word = re.compile(rf"(^|[^A-Za-z0-9]){re.escape(split or 'train')}([^A-Za-z0-9]|$)")
+    chosen = sorted(name for name in data if word.search(name))
+    if not chosen and len(data) == 1 and split is None:
+        chosen = data
+    if not chosen:
+        raise InputError(
+            f"no data file for the split '{split or 'train'}'",
+            where=repo,
+            expected=f"one of: {', '.join(data) or '-'}",
+        )
+    return chosen
