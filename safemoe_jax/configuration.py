@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from safemoe_jax.errors import InputError
 
@@ -28,7 +28,9 @@ PLAIN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", 
 }
 
 
-def parse(config_class: type[Config], arguments: Sequence[str], *, program: str) -> tuple[Config, Namespace]:
+def parse(
+    config_class: type[Config], arguments: Sequence[str], *, program: str
+) -> tuple[Config, argparse.Namespace]:
     """Fills the dataclass from `--config` files and flags; flags win over files, later files over earlier.
 
     Args:
@@ -43,44 +45,52 @@ def parse(config_class: type[Config], arguments: Sequence[str], *, program: str)
         InputError: an unknown or missing field, or a value of the wrong type; names file and line, or flag.
         SystemExit: `--help` or `--print_config` was given.
     """
+    shared_parser = make_shared_parser()
+    shared, own = shared_parser.parse_known_args(list(arguments))
     parser = make_parser(config_class, program)
-    if "-h" in arguments or "--help" in arguments:
-        print(parser.format_help() + nested_fields(config_class))
+    if "-h" in own or "--help" in own:
+        print(
+            parser.format_help() + nested_fields(config_class) + _without_usage(shared_parser.format_help())
+        )
         raise SystemExit(0)
-    files = _config_files(arguments)
+    files = _config_files(own)
     for file in files:
         check_file(Path(file), config_class)
     try:
-        namespace = parser.parse_args(list(arguments))
+        namespace = parser.parse_args(own)
     except argparse.ArgumentError as error:
         raise _flag_error(str(error), config_class, files) from error
-    shared = Namespace(debug=namespace.pop("debug"), xla_cache=namespace.pop("xla_cache"))
     namespace.pop("config")
     return config_class(**vars(parser.instantiate(namespace))), shared
 
 
 def make_parser(config_class: type, program: str) -> ArgumentParser:
-    """The parser of one command: its dataclass's fields and the flags that all commands share."""
-    parser = ArgumentParser(
-        prog=program,
-        exit_on_error=False,
-        description=_summary(config_class),
-    )
+    """The parser of one command's dataclass."""
+    parser = ArgumentParser(prog=program, exit_on_error=False, description=_summary(config_class))
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the fields below; flags win."
     )
-    parser.add_argument(
-        "--debug", action="store_true", default=False, help="Show the traceback of an error in the input."
-    )
-    parser.add_argument(
-        "--xla_cache",
-        type=str,
-        default="auto",
-        help="Folder that keeps compiled programs for the next run; 'auto' is ~/.cache/safemoe_jax/xla, "
-        "'off' keeps none (also: environment variable SAFEMOE_XLA_CACHE).",
-    )
     parser.add_class_arguments(config_class, None)
     return parser
+
+
+def make_shared_parser() -> argparse.ArgumentParser:
+    """The parser of the flags that every command has; they are no part of a run's configuration."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("flags of every command")
+    group.add_argument("--debug", action="store_true", help="Show the traceback of an error in the input.")
+    group.add_argument(
+        "--xla_cache",
+        default="auto",
+        metavar="FOLDER",
+        help="Folder that keeps compiled programs for the next run (default: ~/.cache/safemoe_jax/xla); "
+        "'off' keeps none. Also: environment variable SAFEMOE_XLA_CACHE.",
+    )
+    return parser
+
+
+def _without_usage(text: str) -> str:
+    return "\n\n" + text.split("\n\n", 1)[1]
 
 
 def check_file(file: Path, config_class: type) -> None:
@@ -172,9 +182,16 @@ def _flag_error(message: str, config_class: type, files: Sequence[str]) -> Input
             expected=f"{flags_needed} (or in a --config file)",
         )
     if match := re.search(r'[Pp]arser key "([\w.]+)"(.*)', message, re.DOTALL):
-        field, hint = match[1], field_type(config_class, match[1])
-        detail = " ".join(match[2].strip(" :\n").split())
-        expected = describe(hint) if hint is not None else ""
+        field, detail = match[1], " ".join(match[2].strip(" :\n").split())
+        # A field inside an optional dataclass is reported as a part of the whole.
+        if nested := re.search(r"NestedArg\(key='([\w.]+)', val=(.*?)\)", detail):
+            field, detail = f"{field}.{nested[1]}", nested[2]
+        hint = field_type(config_class, field)
+        expected = (
+            describe(hint)
+            if hint is not None
+            else suggest(field, [name for name, _ in leaf_fields(config_class)])
+        )
         return InputError(f"wrong value: {detail}", where=f"the command line, --{field}", expected=expected)
     return InputError(message, where="the command line", expected="see --help")
 
@@ -224,6 +241,23 @@ def describe(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
+def field_texts(config_class: type) -> list[tuple[str, str]]:
+    """Dotted names of all fields, nested ones and those of list items too, and their texts."""
+    import docstring_parser
+
+    documented = {
+        p.arg_name: p.description or "" for p in docstring_parser.parse(config_class.__doc__ or "").params
+    }
+    texts: list[tuple[str, str]] = []
+    for name, hint in _fields(config_class):
+        inner = _without_none(hint)
+        inner = inner if _item_type(inner) is None else _item_type(inner)
+        texts.append((name, " ".join(documented.get(name, "").split())))
+        if dataclasses.is_dataclass(inner):
+            texts += [(f"{name}.{field}", text) for field, text in field_texts(inner)]
+    return texts
+
+
 def _fields(config_class: Any) -> list[tuple[str, Any]]:
     hints = typing.get_type_hints(config_class)
     return [(f.name, hints[f.name]) for f in dataclasses.fields(config_class) if f.init]
@@ -262,18 +296,16 @@ def _summary(config_class: type) -> str:
 
 
 def nested_fields(config_class: type) -> str:
-    """Help on the fields that jsonargparse hides behind --FIELD.help: items of lists, and optional dataclasses."""
-    import docstring_parser
-
+    """Help on the fields that jsonargparse hides: those of list items and of optional dataclasses."""
     paragraphs = []
     for name, hint in _fields(config_class):
         item = _item_type(_without_none(hint))
         inner = item if item is not None else _without_none(hint)
         if not dataclasses.is_dataclass(inner) or (item is None and inner is hint):
             continue
-        texts = {p.arg_name: p.description for p in docstring_parser.parse(inner.__doc__ or "").params}
+        texts = dict(field_texts(inner))
         title = f"each item of --{name}" if item is not None else f"--{name}"
-        lines = [f"  {field}: {texts.get(field, '')} ({describe(kind)})" for field, kind in _fields(inner)]
+        lines = [f"  {field}: {texts[field]} ({describe(kind)})" for field, kind in _fields(inner)]
         paragraphs.append("\n".join([f"\nFields of {title}:", *lines]))
     return "\n".join(paragraphs)
 
