@@ -1,25 +1,26 @@
-"""The experts' feed-forward on a CPU: a loop over blocks of rows, each one GEMM chain with its expert's weights.
+"""The experts' feed-forward on a CPU: a loop over blocks of rows, each with its own expert's weights.
 
 Legend: T tokens, K experts a token (top-k), N = T*K pairs sorted by expert, D model width, F expert width,
-G groups in the weight stack (layers * experts), E experts, B rows in a block, P = N + B places of a padded buffer.
+G groups in the weight stack (layers * experts), E experts, B rows in a block, C blocks,
+P = N + B + 1 places of a padded buffer.
 
-Blocks are visited in ascending order and each writes all its B rows, so what a block writes behind the end of its
-expert's rows is overwritten by the next block: no masks, nothing dropped, exact. The trip count is the number of blocks
-in use, and a block's weights are sliced straight out of the stack of all layers, so no layer is ever copied.
+Blocks are visited in ascending order and each writes all its B rows, so what it writes behind the end of its
+expert's rows is overwritten by the next block: no masks, no dropping, exact. The loop runs over the blocks in
+use only. A block slices its weights out of the stack of all layers, so that no layer is ever copied. The
+last place is never written: it stays zero, and pairs that belong to no expert read it.
 """
 
-from functools import partial
+from __future__ import annotations
+
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
-from safemoe_jax.models.expert_layout import Blocks, Pairs, cut_blocks, sort_pairs
-
-LANES = (
-    2  # blocks in one loop body; they do not depend on each other, so the runtime may run them side by side
-)
+from safemoe_jax.models.expert_layout import Blocks, Pairs, cut_blocks, sort_pairs, weighted_sum
 
 
 class Stack(NamedTuple):
@@ -29,163 +30,201 @@ class Stack(NamedTuple):
     up: jax.Array
     down: jax.Array
 
+    def layer(self, first_group: jax.Array | int, n_experts: int) -> Stack:
+        """A copy of the groups of one layer; no copy where the stack is one layer."""
+        if self.gate.shape[0] == n_experts:
+            return self
+        return Stack(*(lax.dynamic_slice_in_dim(w, first_group, n_experts) for w in self))
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs: the arguments, and gate and up before the activation, [P,F] float32.
+
+    `trainable` is () where the weights are differentiated and None where they are frozen: it says so in the
+    structure, so that it is known when the backward pass is traced.
+    """
+
+    x_TD: jax.Array
+    weights_TK: jax.Array
+    stack: Stack
+    first_group: jax.Array
+    pairs: Pairs
+    gate_PF: jax.Array
+    up_PF: jax.Array
+    trainable: tuple | None
+
 
 def choose_block_rows(n_pairs: int, n_experts: int) -> int:
-    """Rows in a block: about half an expert's mean share, a power of two between 8 and 128."""
+    """Rows in a block: an expert's mean share rounded down to a power of two, between 8 and 64.
+
+    Measured: fewer than 8 rows cost the same as 8; more than 64 gain nothing and pad more.
+    """
     share = max(1, n_pairs // n_experts)
-    return min(128, max(8, 1 << (share.bit_length() - 1)))
+    return min(64, max(8, 1 << (share.bit_length() - 1)))
 
 
-def blocks_ffn(x_TD, weights_TK, experts_TK, stack: Stack, first_group, n_experts: int) -> jax.Array:
-    """sum_k weights[t,k] * down_e(silu(gate_e x_t) * up_e x_t), e = experts[t,k]; [T,D] in the dtype of ``x_TD``."""
+def blocks_ffn(
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    experts_TK: jax.Array,
+    stack: Stack,
+    first_group: jax.Array | int,
+    n_experts: int,
+) -> jax.Array:
+    """sum_k weights[t,k] * down_e(silu(gate_e x_t) * up_e x_t) with e = experts[t,k], [T,D] float32.
+
+    Gradients reach x_TD, weights_TK and, only where the weights are being differentiated, the stack. Without
+    differentiation nothing is kept. Experts outside [0, n_experts) contribute zero.
+    """
     pairs = sort_pairs(experts_TK, n_experts)
     return _ffn(x_TD, weights_TK, stack, jnp.asarray(first_group, jnp.int32), pairs)
 
 
-@partial(jax.custom_vjp)
-def _ffn(x_TD, weights_TK, stack, first_group, pairs):
+@jax.custom_vjp
+def _ffn(
+    x_TD: jax.Array, weights_TK: jax.Array, stack: Stack, first_group: jax.Array, pairs: Pairs
+) -> jax.Array:
     return _forward(x_TD, weights_TK, stack, first_group, pairs, keep=False)[0]
 
 
-def _ffn_forward(x, weights, stack, first_group, pairs):
-    trainable = any(leaf.perturbed for leaf in stack)
-    x_TD, weights_TK, first_group = x.value, weights.value, first_group.value
-    stack, pairs = jax.tree.map(lambda leaf: leaf.value, (stack, pairs), is_leaf=_is_primal)
-    y_TD, hidden = _forward(x_TD, weights_TK, stack, first_group, pairs, keep=True)
-    return y_TD, (x_TD, weights_TK, stack, first_group, pairs, hidden, (() if trainable else None))
+def _ffn_forward(*primals: object) -> tuple[jax.Array, _Saved]:
+    is_primal = lambda leaf: hasattr(leaf, "perturbed")  # noqa: E731
+    trainable = any(leaf.perturbed for leaf in primals[2])
+    arguments = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
+    y_TD, gate_PF, up_PF = _forward(*arguments, keep=True)
+    return y_TD, _Saved(*arguments, gate_PF, up_PF, () if trainable else None)
 
 
-def _is_primal(leaf):
-    return hasattr(leaf, "perturbed")
-
-
-def _ffn_backward(saved, d_y_TD):
-    x_TD, weights_TK, stack, first_group, pairs, hidden, trainable = saved
-    if isinstance(d_y_TD, jax.custom_derivatives.SymbolicZero):
+def _ffn_backward(saved: _Saved, d_y_TD: jax.Array | SymbolicZero) -> tuple:
+    if isinstance(d_y_TD, SymbolicZero):
         return None, None, None, None, None
-    d_x, d_weights, d_stack = _backward(
-        x_TD, weights_TK, stack, first_group, pairs, hidden, d_y_TD, trainable is not None
-    )
-    return d_x, d_weights, d_stack, None, None
+    d_x_TD, d_weights_TK, d_stack = _backward(saved, d_y_TD)
+    return d_x_TD, d_weights_TK, d_stack, None, None
 
 
 _ffn.defvjp(_ffn_forward, _ffn_backward, symbolic_zeros=True)
 
 
-def _padded_tokens(pairs: Pairs, block_rows: int) -> jax.Array:
-    return jnp.pad(pairs.token_N, (0, block_rows))
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    dimensions = ((contract[:1], contract[1:]), ((), ()))
+    return lax.dot_general(a, b.astype(a.dtype), dimensions, preferred_element_type=jnp.float32)
 
 
-def _dot(a, b, contract):
-    return lax.dot_general(a, b, ((contract[:1], contract[1:]), ((), ())), preferred_element_type=jnp.float32)
+def _write(buffers: list[jax.Array], rows: list[jax.Array], start: jax.Array) -> list[jax.Array]:
+    return [lax.dynamic_update_slice_in_dim(b, r, start, 0) for b, r in zip(buffers, rows, strict=True)]
 
 
-def _over_blocks(blocks: Blocks, visit, carry):
-    """``carry = visit(carry, block numbers)`` for LANES blocks at a time, in ascending order."""
+class _Plan(NamedTuple):
+    """Blocks, the rows in one, and per-place arrays padded so that the last block can reach past the end."""
 
-    def body(i, carry):
-        return visit(carry, [i * LANES + lane for lane in range(LANES)])
+    blocks: Blocks
+    block_rows: int
+    token_P: jax.Array
+    place_TK: jax.Array
 
-    return lax.fori_loop(0, -(-blocks.in_use // LANES), body, carry)
+    def buffer(self, *width: int) -> jax.Array:
+        """A zeroed float32 buffer [P, *width]."""
+        return jnp.zeros((self.token_P.size, *width), jnp.float32)
 
+    def rows(self, buffer: jax.Array, start: jax.Array) -> jax.Array:
+        """B rows of a buffer."""
+        return lax.dynamic_slice_in_dim(buffer, start, self.block_rows)
 
-def _forward(x_TD, weights_TK, stack, first_group, pairs, *, keep):
-    n_pairs, D, F = pairs.order_N.size, x_TD.shape[1], stack.gate.shape[2]
-    block_rows = choose_block_rows(n_pairs, pairs.counts_E.size)
-    blocks = cut_blocks(pairs, block_rows, LANES)
-    token_P = _padded_tokens(pairs, block_rows)
-    places = n_pairs + block_rows
-    kept = [jnp.zeros((places, F), jnp.float32) for _ in range(2)] if keep else []
-
-    def one(block):
-        group, start = first_group + blocks.expert_C[block], blocks.start_C[block]
-        rows = x_TD[lax.dynamic_slice_in_dim(token_P, start, block_rows)]
-        gate, up = _dot(rows, stack.gate[group], (1, 0)), _dot(rows, stack.up[group], (1, 0))
-        out = _dot((jax.nn.silu(gate) * up).astype(x_TD.dtype), stack.down[group], (1, 0))
-        return start, [out, gate, up] if keep else [out]
-
-    def visit(buffers, numbers):
-        for start, rows in [one(number) for number in numbers]:
-            buffers = [
-                lax.dynamic_update_slice_in_dim(b, r, start, 0) for b, r in zip(buffers, rows, strict=True)
-            ]
-        return buffers
-
-    out_PD, *kept = _over_blocks(blocks, visit, [jnp.zeros((places, D), jnp.float32), *kept])
-    return _combine(out_PD, weights_TK, pairs).astype(x_TD.dtype), kept
+    def loop(self, visit: Callable, carry: object) -> object:
+        """``carry = visit(block, carry)`` for the blocks in use, ascending."""
+        return lax.fori_loop(0, self.blocks.in_use, visit, carry)
 
 
-def _combine(rows_PD, weights_TK, pairs):
-    own_TK = pairs.place_TK < pairs.used
-    rows_TKD = jnp.where(own_TK[..., None], rows_PD[pairs.place_TK], 0.0)
-    return jnp.einsum("tk,tkd->td", weights_TK.astype(jnp.float32), rows_TKD)
+def _plan(pairs: Pairs) -> _Plan:
+    block_rows = choose_block_rows(pairs.order_N.size, pairs.counts_E.size)
+    token_P = jnp.pad(pairs.token_N, (0, block_rows + 1))
+    place_TK = jnp.where(pairs.place_TK < pairs.used, pairs.place_TK, token_P.size - 1)
+    return _Plan(cut_blocks(pairs, block_rows), block_rows, token_P, place_TK)
 
 
-def _backward(x_TD, weights_TK, stack, first_group, pairs, hidden, d_y_TD, trainable):
-    n_pairs, D = pairs.order_N.size, x_TD.shape[1]
-    block_rows = choose_block_rows(n_pairs, pairs.counts_E.size)
-    blocks = cut_blocks(pairs, block_rows, LANES)
-    token_P = _padded_tokens(pairs, block_rows)
-    weight_P = jnp.pad(weights_TK.reshape(-1).astype(jnp.float32)[pairs.order_N], (0, block_rows))
-    gate_PF, up_PF = hidden
-    dtype = x_TD.dtype
-    places = n_pairs + block_rows
-    n_experts = pairs.counts_E.size
+def _forward(
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    stack: Stack,
+    first_group: jax.Array,
+    pairs: Pairs,
+    *,
+    keep: bool,
+) -> list[jax.Array]:
+    """y_TD and, where `keep`, gate_PF and up_PF."""
+    plan = _plan(pairs)
+    width, expert_width = stack.gate.shape[1:]
 
-    def one(block):
-        expert, start = blocks.expert_C[block], blocks.start_C[block]
-        group = first_group + expert
-        rows_of = lambda buffer: lax.dynamic_slice_in_dim(buffer, start, block_rows)  # noqa: E731
-        token = rows_of(token_P)
-        gate, up, weight = rows_of(gate_PF), rows_of(up_PF), rows_of(weight_P)
-        d_y = d_y_TD[token]
-        d_act = _dot(d_y, stack.down[group], (1, 1))
-        sigmoid = jax.nn.sigmoid(gate)
-        silu = gate * sigmoid
-        d_weight = jnp.sum(d_act * silu * up, 1)
-        d_act = d_act * weight[:, None]
-        d_gate = (d_act * up * (sigmoid + silu * (1 - sigmoid))).astype(dtype)
-        d_up = (d_act * silu).astype(dtype)
-        d_rows = _dot(d_gate, stack.gate[group], (1, 1)) + _dot(d_up, stack.up[group], (1, 1))
-        if not trainable:
-            return start, [d_rows, d_weight], expert, None
-        own = (start + jnp.arange(block_rows) < blocks.stop_C[block])[:, None]
-        rows, d_gate, d_up = x_TD[token], jnp.where(own, d_gate, 0), jnp.where(own, d_up, 0)
-        d_out = jnp.where(own, d_y * weight[:, None], 0).astype(dtype)
-        act = jnp.where(own, silu * up, 0).astype(dtype)
-        return (
-            start,
-            [d_rows, d_weight],
-            expert,
-            (
-                _dot(rows, d_gate, (0, 0)),
-                _dot(rows, d_up, (0, 0)),
-                _dot(act, d_out, (0, 0)),
-            ),
-        )
+    def visit(block: jax.Array, buffers: list[jax.Array]) -> list[jax.Array]:
+        group, start = first_group + plan.blocks.expert_C[block], plan.blocks.start_C[block]
+        rows = x_TD[plan.rows(plan.token_P, start)]
+        gate, up = _dot(rows, stack.gate[group]), _dot(rows, stack.up[group])
+        out = _dot((jax.nn.silu(gate) * up).astype(rows.dtype), stack.down[group])
+        return _write(buffers, [out, gate, up] if keep else [out], start)
 
-    def visit(carry, numbers):
+    kept = [plan.buffer(expert_width), plan.buffer(expert_width)] if keep else []
+    out_PD, *kept = plan.loop(visit, [plan.buffer(width), *kept])
+    return [weighted_sum(out_PD, weights_TK, plan.place_TK), *kept]
+
+
+def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, Stack | None]:
+    """Cotangents of x_TD, weights_TK and, if trainable, the stack.
+
+    The weight's cotangent is taken before ``down`` (its transpose applied to d_y), so that the experts'
+    outputs need not be kept.
+    """
+    x_TD, weights_TK, stack, first_group, pairs = saved[:5]
+    plan = _plan(pairs)
+    weight_P = weights_TK.astype(jnp.float32).reshape(-1)[pairs.order_N]
+    weight_P = jnp.pad(weight_P, (0, plan.token_P.size - weight_P.size))
+    d_y_TD = d_y_TD.astype(x_TD.dtype)
+
+    def visit(block: jax.Array, carry: tuple) -> tuple:
         buffers, sums = carry
-        for start, rows, expert, d_stack in [one(number) for number in numbers]:
-            buffers = [
-                lax.dynamic_update_slice_in_dim(b, r, start, 0) for b, r in zip(buffers, rows, strict=True)
-            ]
-            if trainable:
-                sums = [s.at[expert].add(d) for s, d in zip(sums, d_stack, strict=True)]
+        expert, start = plan.blocks.expert_C[block], plan.blocks.start_C[block]
+        gate_w, up_w, down_w = (w[first_group + expert] for w in stack)
+        token, weight = plan.rows(plan.token_P, start), plan.rows(weight_P, start)[:, None]
+        gate, up = plan.rows(saved.gate_PF, start), plan.rows(saved.up_PF, start)
+        d_y = d_y_TD[token]
+        d_act = _dot(d_y, down_w, (1, 1))
+        silu, d_gate, d_up = _swiglu_backward(gate, up, d_act * weight)
+        d_gate, d_up = d_gate.astype(d_y.dtype), d_up.astype(d_y.dtype)
+        d_rows = _dot(d_gate, gate_w, (1, 1)) + _dot(d_up, up_w, (1, 1))
+        buffers = _write(buffers, [d_rows, jnp.sum(d_act * silu * up, 1)], start)
+        if saved.trainable is not None:
+            own = (start + jnp.arange(plan.block_rows) < plan.blocks.stop_C[block])[:, None]
+            act = (silu * up * weight).astype(d_y.dtype)
+            left = [x_TD[token], x_TD[token], act]
+            right = [jnp.where(own, r, 0) for r in (d_gate, d_up, d_y)]
+            left[2] = jnp.where(own, act, 0)
+            sums = [s.at[expert].add(_dot(a, b, (0, 0))) for s, a, b in zip(sums, left, right, strict=True)]
         return buffers, sums
 
-    buffers = [jnp.zeros((places, D), jnp.float32), jnp.zeros((places,), jnp.float32)]
-    sums = [jnp.zeros((n_experts, *w.shape[1:]), jnp.float32) for w in stack] if trainable else []
-    (d_rows_PD, d_weight_P), sums = _over_blocks(blocks, visit, (buffers, sums))
-    own_TK = pairs.place_TK < pairs.used
-    d_x_TD = jnp.where(own_TK[..., None], d_rows_PD[pairs.place_TK], 0.0).sum(1)
-    d_weights_TK = jnp.where(own_TK, d_weight_P[pairs.place_TK], 0.0)
-    d_stack = None
-    if trainable:
-        if stack.gate.shape[0] != n_experts:
-            sums = [
-                lax.dynamic_update_slice_in_dim(jnp.zeros(w.shape, jnp.float32), s, first_group, 0)
-                for w, s in zip(stack, sums, strict=True)
-            ]
-        d_stack = Stack(*(s.astype(w.dtype) for s, w in zip(sums, stack, strict=True)))
-    return d_x_TD.astype(dtype), d_weights_TK.astype(weights_TK.dtype), d_stack
+    sums = []
+    if saved.trainable is not None:
+        sums = [jnp.zeros((pairs.counts_E.size, *w.shape[1:]), jnp.float32) for w in stack]
+    buffers = [plan.buffer(x_TD.shape[1]), plan.buffer()]
+    (d_rows_PD, d_weight_P), sums = plan.loop(visit, (buffers, sums))
+    d_x_TD = weighted_sum(d_rows_PD, None, plan.place_TK).astype(x_TD.dtype)
+    d_weights_TK = d_weight_P[plan.place_TK].astype(weights_TK.dtype)
+    return d_x_TD, d_weights_TK, _in_stack(sums, stack, first_group)
+
+
+def _swiglu_backward(gate: jax.Array, up: jax.Array, d_act: jax.Array) -> tuple[jax.Array, ...]:
+    """silu(gate), and the cotangents of gate and up for silu(gate) * up."""
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return silu, d_act * up * (sigmoid + silu * (1 - sigmoid)), d_act * silu
+
+
+def _in_stack(sums: list[jax.Array], stack: Stack, first_group: jax.Array) -> Stack | None:
+    """The experts' gradients at their place in the stack, in its dtype; None where the stack is frozen."""
+    if not sums:
+        return None
+    sums = [s.astype(w.dtype) for s, w in zip(sums, stack, strict=True)]
+    if stack.gate.shape[0] == sums[0].shape[0]:
+        return Stack(*sums)
+    zeros = [jnp.zeros_like(w) for w in stack]
+    return Stack(
+        *(lax.dynamic_update_slice_in_dim(z, s, first_group, 0) for z, s in zip(zeros, sums, strict=True))
+    )

@@ -1,7 +1,10 @@
-"""Where each (token, expert) pair sits once the pairs are sorted by expert, and the moves in and out of that order.
+"""The order of the (token, expert) pairs once sorted by expert, and the moves in and out of that order.
 
-Legend: T tokens, K experts a token (top-k), N = T*K pairs, E experts, D model width, B rows in a block, C blocks.
+Legend: T tokens, K experts a token (top-k), N = T*K pairs, E experts, D model width, B rows in a block,
+C blocks.
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -10,11 +13,12 @@ import jax.numpy as jnp
 
 
 class Pairs(NamedTuple):
-    """The N = T*K (token, expert) pairs sorted by expert; a stable order, so results do not depend on chance.
+    """The N = T*K (token, expert) pairs sorted by expert; the order is stable, so it does not vary.
 
-    order_N:   int32, pair number t*K+k of the row in each place; ``order_N // K`` is the row's token.
-    place_TK:  int32, the inverse: the place of pair (t, k).
-    counts_E:  int32, rows of each expert.
+    Attributes:
+        order_N: int32, the pair number t*K + k in each place.
+        place_TK: int32, the inverse: the place of pair (t, k).
+        counts_E: int32, rows of each expert. Pairs whose expert is none of the E come last.
     """
 
     order_N: jax.Array
@@ -23,20 +27,23 @@ class Pairs(NamedTuple):
 
     @property
     def token_N(self) -> jax.Array:
-        """int32 [N], the token whose row is in each place."""
+        """int32 [N], the token in each place."""
         return self.order_N // self.place_TK.shape[1]
 
     @property
     def used(self) -> jax.Array:
-        """int32 scalar, rows that belong to one of the E experts; the rows behind them belong to none."""
+        """int32 scalar, places that belong to one of the E experts."""
         return self.counts_E.sum()
 
 
 class Blocks(NamedTuple):
-    """Blocks of B consecutive sorted rows that share an expert; the last block of an expert may reach past its rows.
+    """Blocks of B consecutive places that begin with rows of one expert and may reach past its last row.
 
-    expert_C: int32, the block's expert. start_C: int32, its first place. stop_C: int32, one behind its last own row.
-    in_use:   int32 scalar; the blocks behind it are empty and start at place N.
+    Attributes:
+        expert_C: int32, the expert of each block.
+        start_C: int32, its first place.
+        stop_C: int32, one behind the last place that is the expert's own.
+        in_use: int32 scalar, blocks that hold rows.
     """
 
     expert_C: jax.Array
@@ -46,62 +53,83 @@ class Blocks(NamedTuple):
 
 
 def sort_pairs(experts_TK: jax.Array, n_experts: int) -> Pairs:
-    """Sorts the pairs by expert. ``experts_TK`` int32; values outside [0, n_experts) go behind all experts' rows."""
-    T, K = experts_TK.shape
+    """Sorts pairs by expert.
+
+    Args:
+        experts_TK: int32; values outside [0, n_experts) belong to no expert and come last.
+        n_experts: E.
+    """
     expert_N = experts_TK.reshape(-1).astype(jnp.int32)
     expert_N = jnp.where((expert_N < 0) | (expert_N >= n_experts), n_experts, expert_N)
     order_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
-    place_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(T * K, dtype=jnp.int32), unique_indices=True)
+    place_N = (
+        jnp.zeros_like(order_N)
+        .at[order_N]
+        .set(jnp.arange(order_N.size, dtype=jnp.int32), unique_indices=True)
+    )
     ends_E = jnp.searchsorted(expert_N[order_N], jnp.arange(n_experts, dtype=jnp.int32), side="right")
     counts_E = jnp.diff(ends_E, prepend=0).astype(jnp.int32)
-    return Pairs(order_N, place_N.reshape(T, K), counts_E)
+    return Pairs(order_N, place_N.reshape(experts_TK.shape), counts_E)
 
 
-def cut_blocks(pairs: Pairs, block_rows: int, multiple: int) -> Blocks:
-    """Cuts the sorted rows into blocks of ``block_rows``; the table's length is a multiple of ``multiple``."""
+def cut_blocks(pairs: Pairs, block_rows: int) -> Blocks:
+    """Cuts the sorted rows into blocks of ``block_rows``, ascending; an expert without rows has none."""
     n_pairs, n_experts = pairs.order_N.size, pairs.counts_E.size
-    most = n_pairs // block_rows + min(n_experts, n_pairs)
     blocks_E = -(-pairs.counts_E // block_rows)
-    ends_E, stops_E = jnp.cumsum(blocks_E), jnp.cumsum(pairs.counts_E)
-    block_C = jnp.arange(-(-most // multiple) * multiple, dtype=jnp.int32)
-    expert_C = jnp.minimum(jnp.searchsorted(ends_E, block_C, side="right"), n_experts - 1).astype(jnp.int32)
-    nth_C = block_C - (ends_E - blocks_E)[expert_C]
-    start_C = (stops_E - pairs.counts_E)[expert_C] + nth_C * block_rows
-    in_use = ends_E[-1]
-    start_C = jnp.where(block_C < in_use, start_C, n_pairs)
-    return Blocks(expert_C, start_C, jnp.where(block_C < in_use, stops_E[expert_C], n_pairs), in_use)
+    last_block_E, stop_E = jnp.cumsum(blocks_E), jnp.cumsum(pairs.counts_E)
+    block_C = jnp.arange(n_pairs // block_rows + min(n_experts, n_pairs), dtype=jnp.int32)
+    expert_C = jnp.searchsorted(last_block_E, block_C, side="right")
+    expert_C = jnp.minimum(expert_C, n_experts - 1).astype(jnp.int32)
+    nth_C = block_C - (last_block_E - blocks_E)[expert_C]
+    start_C = (stop_E - pairs.counts_E)[expert_C] + nth_C * block_rows
+    return Blocks(expert_C, start_C, stop_E[expert_C], last_block_E[-1])
+
+
+def weighted_sum(rows_PD: jax.Array, weights_TK: jax.Array | None, place_TK: jax.Array) -> jax.Array:
+    """sum_k weights[t,k] * rows[place[t,k]] in float32; weights None means ones.
+
+    Written as K gathers and adds because they compile into a single pass over the output, without [T,K,D].
+    """
+    rows_TD = [rows_PD[place_TK[:, k]].astype(jnp.float32) for k in range(place_TK.shape[1])]
+    if weights_TK is not None:
+        weights_TK = weights_TK.astype(jnp.float32)
+        rows_TD = [weights_TK[:, k, None] * rows for k, rows in enumerate(rows_TD)]
+    return sum(rows_TD)
 
 
 @jax.custom_vjp
 def dispatch(x_TD: jax.Array, pairs: Pairs) -> jax.Array:
-    """Rows [N,D] of the tokens in sorted order. Its transpose is a gather through ``place_TK``, never a scatter."""
+    """The tokens' rows in sorted order, [N,D]; the transpose is a gather by ``place_TK``, not a scatter."""
     return x_TD[pairs.token_N]
 
 
-def _dispatch_forward(x_TD, pairs):
+def _dispatch_forward(x_TD: jax.Array, pairs: Pairs) -> tuple[jax.Array, Pairs]:
     return dispatch(x_TD, pairs), pairs
 
 
-def _dispatch_backward(pairs, d_rows_ND):
-    d_x_TD = d_rows_ND[pairs.place_TK].sum(1, dtype=jnp.float32).astype(d_rows_ND.dtype)
-    return d_x_TD, None
+def _dispatch_backward(pairs: Pairs, d_rows_ND: jax.Array) -> tuple[jax.Array, None]:
+    return weighted_sum(d_rows_ND, None, pairs.place_TK).astype(d_rows_ND.dtype), None
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
-def collect(rows_ND: jax.Array, pairs: Pairs) -> jax.Array:
-    """The rows back in token order, [T,K,D]. Its transpose is a gather through ``order_N``, never a scatter."""
-    return rows_ND[pairs.place_TK]
+def collect(rows_ND: jax.Array, weights_TK: jax.Array, pairs: Pairs) -> jax.Array:
+    """sum_k weights[t,k] * rows[place[t,k]], [T,D] float32; the transpose is a gather by ``order_N``."""
+    return weighted_sum(rows_ND, weights_TK, pairs.place_TK)
 
 
-def _collect_forward(rows_ND, pairs):
-    return collect(rows_ND, pairs), pairs
+def _collect_forward(rows_ND: jax.Array, weights_TK: jax.Array, pairs: Pairs) -> tuple[jax.Array, tuple]:
+    return collect(rows_ND, weights_TK, pairs), (rows_ND, weights_TK, pairs)
 
 
-def _collect_backward(pairs, d_rows_TKD):
-    return d_rows_TKD.reshape(-1, d_rows_TKD.shape[-1])[pairs.order_N], None
+def _collect_backward(saved: tuple, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    rows_ND, weights_TK, pairs = saved
+    d_y_ND = d_y_TD[pairs.token_N].astype(jnp.float32)
+    d_weights_N = (d_y_ND * rows_ND).sum(1)
+    d_rows_ND = d_y_ND * weights_TK.reshape(-1)[pairs.order_N][:, None]
+    return d_rows_ND.astype(rows_ND.dtype), d_weights_N[pairs.place_TK].astype(weights_TK.dtype), None
 
 
 collect.defvjp(_collect_forward, _collect_backward)

@@ -1,19 +1,45 @@
-"""The experts' feed-forward, one function with one kernel a platform; sparse and without dropping on all of them.
+"""The experts' feed-forward: one function, one kernel a platform, sparse and without dropping on all.
 
 Legend: T tokens, K experts a token (top-k), N = T*K pairs sorted by expert, D model width, F expert width,
-G groups in the weight stack, E experts, R layers stacked.
+G groups in the weight stack, E experts, M rows padded to whole tiles.
 """
 
+from __future__ import annotations
+
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from safemoe_jax.errors import InputError
 from safemoe_jax.models.expert_blocks import Stack, blocks_ffn
+from safemoe_jax.models.expert_layout import collect, dispatch, sort_pairs
 
 Kernel = Literal["dense", "blocks", "ragged", "megablox"]
+KERNELS: tuple[Kernel, ...] = ("dense", "blocks", "ragged", "megablox")
+
+_TILE = 128  # rows, inner and outer width of a megablox tile
+
+
+def choose_kernel(platform: str, tokens: int, top_k: int, n_experts: int, d: int, f: int) -> Kernel:
+    """The cheapest kernel for a platform ("cpu", "gpu", "tpu") and these shapes, by measurement.
+
+    Args:
+        platform: of the mesh that the program is compiled for, not of the host.
+        tokens: T.
+        top_k, n_experts, d, f: K, E, D, F.
+    """
+    if platform != "cpu":
+        return "megablox" if platform == "tpu" and d % _TILE == 0 and f % _TILE == 0 else "ragged"
+    return "dense" if _dense_is_cheaper(tokens, top_k, n_experts, d, f) else "blocks"
+
+
+def _dense_is_cheaper(tokens: int, top_k: int, n_experts: int, d: int, f: int) -> bool:
+    return n_experts * f <= 512
 
 
 def expert_ffn(
@@ -29,31 +55,157 @@ def expert_ffn(
     kernel: Kernel,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """y[t] = sum_k weights[t,k] * down_e (silu(gate_e x_t) * (up_e x_t)) with e = experts[t,k]; no token is dropped.
+    """y[t] = sum_k weights[t,k] * down_e(silu(gate_e x_t) * (up_e x_t)), e = experts[t,k]; none is dropped.
 
-    x_TD: float32 or bfloat16. weights_TK: combine weights of the router. experts_TK: int32 in [0, E).
-    gate_GDF, up_GDF, down_GFD: stacked weights; this layer's E groups begin at ``first_group`` (may be traced).
-    Returns [T,D] in the dtype of ``x_TD``; products are summed in float32.
+    Under a mesh of several devices each computes its own tokens (axes "data" and "fsdp"), its own experts
+    ("expert") and its own slice of the expert width ("tensor"); the partial results are summed over the
+    latter two. The weights are then gathered over "fsdp" for this layer only, so a caller should pass one
+    layer (G = E), not the whole stack.
+
+    Args:
+        x_TD: float32 or bfloat16.
+        weights_TK: combine weights of the router.
+        experts_TK: int32 in [0, E).
+        gate_GDF, up_GDF, down_GFD: weights of one layer or a stack of layers. Only "blocks" on one device
+            reads a stack in place; the others slice the layer out of it.
+        first_group: where this layer's E groups begin; may be traced.
+        n_experts: E.
+        kernel: "dense" (all experts; the oracle), "blocks" (CPU), "ragged" (`jax.lax.ragged_dot`) or
+            "megablox" (Pallas kernel for TPUs, interpreted elsewhere).
+        mesh: the mesh that the program is compiled for, if any.
+
+    Returns:
+        [T,D] in the dtype of x_TD; products are accumulated in float32.
+
+    Raises:
+        InputError: the kernel is unknown, or the mesh does not divide the experts or their width.
     """
+    if kernel not in KERNELS:
+        raise InputError(f"no expert kernel {kernel!r}", where="experts", expected=f"one of {KERNELS}")
     stack = Stack(gate_GDF, up_GDF, down_GFD)
+    if mesh is not None and mesh.size > 1:
+        stack = stack.layer(first_group, n_experts)
+        return _sharded(x_TD, weights_TK, experts_TK, stack, n_experts, kernel, mesh)
+    interpret = _platform(mesh) != "tpu"
+    y_TD = _one_device(x_TD, weights_TK, experts_TK, stack, first_group, n_experts, kernel, interpret)
+    return y_TD.astype(x_TD.dtype)
+
+
+def _platform(mesh: Mesh | None) -> str:
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def _one_device(
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    experts_TK: jax.Array,
+    stack: Stack,
+    first_group: jax.Array | int,
+    n_experts: int,
+    kernel: Kernel,
+    interpret: bool,
+) -> jax.Array:
+    """float32 [T,D]; experts outside [0, n_experts) contribute zero."""
     if kernel == "blocks":
         return blocks_ffn(x_TD, weights_TK, experts_TK, stack, first_group, n_experts)
-    stack = Stack(*(lax.dynamic_slice_in_dim(w, first_group, n_experts, 0) for w in stack))
-    return _dense(x_TD, weights_TK, experts_TK, stack, n_experts)
+    stack = Stack(*(w.astype(x_TD.dtype) for w in stack.layer(first_group, n_experts)))
+    if kernel == "dense":
+        return _dense(x_TD, weights_TK, experts_TK, stack)
+    return _grouped(x_TD, weights_TK, experts_TK, stack, kernel, interpret)
 
 
-def _dense(x_TD, weights_TK, experts_TK, stack, n_experts):
-    weights_TE = (jax.nn.one_hot(experts_TK, n_experts, dtype=jnp.float32) * weights_TK[..., None]).sum(1)
+def _dense(x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, stack: Stack) -> jax.Array:
+    """Every expert for every token, weighted with zero where it was not chosen."""
+    one_hot_TKE = jax.nn.one_hot(experts_TK, stack.gate.shape[0], dtype=jnp.float32)
+    weights_TE = jnp.einsum("tk,tke->te", weights_TK.astype(jnp.float32), one_hot_TKE)
     gate_TEF = jnp.einsum("td,edf->tef", x_TD, stack.gate, preferred_element_type=jnp.float32)
     up_TEF = jnp.einsum("td,edf->tef", x_TD, stack.up, preferred_element_type=jnp.float32)
     act_TEF = (jax.nn.silu(gate_TEF) * up_TEF * weights_TE[..., None]).astype(x_TD.dtype)
-    return jnp.einsum("tef,efd->td", act_TEF, stack.down, preferred_element_type=jnp.float32).astype(
-        x_TD.dtype
-    )
+    return jnp.einsum("tef,efd->td", act_TEF, stack.down, preferred_element_type=jnp.float32)
 
 
-def choose_kernel(platform: str, tokens: int, top_k: int, n_experts: int, d: int, f: int) -> Kernel:
-    """The kernel for these shapes: "blocks" on a CPU but for tiny models, where all experts densely cost less."""
-    if platform == "cpu":
-        return "dense" if n_experts * f <= 512 else "blocks"
-    return "megablox" if platform == "tpu" else "ragged"
+def _grouped(
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    experts_TK: jax.Array,
+    stack: Stack,
+    kernel: Kernel,
+    interpret: bool,
+) -> jax.Array:
+    """Rows sorted by expert through three grouped matmuls.
+
+    Rows of no expert are zeroed going in and coming out, because kernels leave theirs undefined; the first
+    mask cleans the gradient on its way back.
+    """
+    pairs = sort_pairs(experts_TK, stack.gate.shape[0])
+    own_N1 = (jnp.arange(pairs.order_N.size) < pairs.used)[:, None]
+    rows_ND = jnp.where(own_N1, dispatch(x_TD, pairs), 0)
+
+    def matmul(rows: jax.Array, weights: jax.Array) -> jax.Array:
+        if kernel == "ragged":
+            return lax.ragged_dot(rows, weights, pairs.counts_E, preferred_element_type=jnp.float32)
+        return _megablox(rows, weights, pairs.counts_E, interpret)
+
+    gate_NF, up_NF = matmul(rows_ND, stack.gate), matmul(rows_ND, stack.up)
+    act_NF = (jax.nn.silu(gate_NF) * up_NF).astype(x_TD.dtype)
+    out_ND = jnp.where(own_N1, matmul(act_NF, stack.down), 0)
+    return collect(out_ND, weights_TK, pairs)
+
+
+def _megablox(rows: jax.Array, weights: jax.Array, counts_E: jax.Array, interpret: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.megablox import gmm  # Pallas is slow to import and TPU only
+
+    n_rows = rows.shape[0]
+    rows_MD = jnp.pad(rows, ((0, -n_rows % _TILE), (0, 0)))
+    out = gmm(rows_MD, weights, counts_E, jnp.float32, (_TILE, _TILE, _TILE), interpret=interpret)
+    return out[:n_rows]
+
+
+def _sharded(
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    experts_TK: jax.Array,
+    stack: Stack,
+    n_experts: int,
+    kernel: Kernel,
+    mesh: Mesh,
+) -> jax.Array:
+    """`_one_device` on every device, for its tokens, experts and slice of the expert width."""
+    _check_divides(mesh, "expert", n_experts, "experts")
+    _check_divides(mesh, "tensor", stack.gate.shape[2], "the expert width")
+    batch = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
+    if x_TD.shape[0] % math.prod(mesh.shape[axis] for axis in batch):
+        batch = None  # too few tokens to split: every device computes all of them
+    expert, tensor = (axis if axis in mesh.shape else None for axis in ("expert", "tensor"))
+    own_experts = n_experts // mesh.shape.get("expert", 1)
+    interpret = _platform(mesh) != "tpu"
+
+    def local(x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, stack: Stack) -> jax.Array:
+        if expert is not None:
+            experts_TK = experts_TK - lax.axis_index(expert) * own_experts
+        y_TD = _one_device(x_TD, weights_TK, experts_TK, stack, 0, own_experts, kernel, interpret)
+        return y_TD[None]
+
+    # Partial sums leave stacked along a sharded axis and are added outside: the transpose of that sum is a
+    # broadcast without communication, where the transpose of a psum inside would be another psum.
+    parts = tuple(axis for axis in (expert, tensor) if axis is not None)
+    weights_in = Stack(P(expert, None, tensor), P(expert, None, tensor), P(expert, tensor, None))
+    tokens_in = P(batch, None)
+    y_STD = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(tokens_in, tokens_in, tokens_in, weights_in),
+        out_specs=P(parts or None, batch, None),
+        check_vma=False,
+    )(x_TD, weights_TK, experts_TK, stack)
+    return y_STD.sum(0).astype(x_TD.dtype)
+
+
+def _check_divides(mesh: Mesh, axis: str, size: int, what: str) -> None:
+    shards = mesh.shape.get(axis, 1)
+    if size % shards:
+        raise InputError(
+            f"{shards} devices cannot share {what} ({size}) evenly",
+            where=f"mesh axis {axis!r}",
+            expected=f"a divisor of {size}",
+        )
