@@ -1,6 +1,6 @@
 """Numbers from judged answers: shares with Wilson intervals, ROUGE-1, text and SQL matches.
 
-A metric maps samples and their answers to one score in [0, 1] for each sample, None where the score is undefined.
+A metric maps samples and their answers to one score in [0, 1] a sample, None where the score is undefined.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def mean_percent(scores: Iterable[Score]) -> dict[str, Any]:
 
 
 def rouge1(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[Score]]:
-    """ROUGE-1 F-measure of each answer against its sample's (rouge-score, no stemmer: the published variant)."""
+    """ROUGE-1 F-measure of each answer against its sample's (rouge-score without stemmer, as published)."""
     from rouge_score.rouge_scorer import (
         RougeScorer,
     )  # imports nltk: a second that other commands need not pay

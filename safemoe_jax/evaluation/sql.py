@@ -1,8 +1,9 @@
 """Execution match of two SQL queries: do they return the same rows on the same small synthetic tables?
 
-Tables come from CREATE statements and rows from a fixed generator, so a verdict depends on its arguments alone.
-Values are drawn near the literals of both queries; otherwise most conditions would select nothing and every query
-would agree. A query is a model's output: it runs in memory, may only read, and is stopped after a fixed amount of work.
+Tables come from CREATE statements and rows from a fixed generator, so a verdict depends on its arguments
+alone. Values are drawn near the literals of both queries; otherwise most conditions would select nothing
+and every query would agree. A query is a model's output: it runs in memory, may only read, and is stopped
+after a fixed amount of work.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 
 FILLS = 6
 ROWS = 24
-# SQLite calls back every STEP virtual-machine instructions; counting them is a limit that no busy machine moves.
+# SQLite calls back every STEP instructions; counting them is a limit that no busy machine moves.
 STEP = 1_000
 MAX_STEPS = 2_000
 MAX_LENGTH = 100_000  # bytes of any string a query builds
@@ -45,8 +46,8 @@ def execution_match(
 ) -> float | None:
     """1.0 if both queries return the same rows, in any order, on every fill of the tables; 0.0 if not.
 
-    None if the reference does not run, or if both return nothing on every fill: then the rows decide nothing. An
-    answer that does not run, writes, or runs too long is 0.0.
+    None if the reference does not run, or if both return nothing on every fill: then the rows decide nothing.
+    An answer that does not run, writes, or runs too long is 0.0.
 
     Args:
         tables: CREATE TABLE statements.
@@ -83,7 +84,7 @@ def _open(tables: Sequence[str], queries: Sequence[str], fill: int, rows: int) -
 
 
 def _declare(connection: sqlite3.Connection, statement: str) -> None:
-    """Creates a table; a second statement for the same table adds its columns (the published data has such)."""
+    """Creates a table; a second statement for it adds its columns (the published data has such)."""
     scratch = sqlite3.connect(":memory:")
     scratch.execute(statement)
     (name,) = _table_names(scratch)
@@ -99,8 +100,8 @@ def _declare(connection: sqlite3.Connection, statement: str) -> None:
 def _fill(connection: sqlite3.Connection, found: Sequence[str], fill: int, rows: int) -> None:
     """Inserts rows.
 
-    All columns of a kind share one pool of values, so that joins find partners; each column draws from its own part of
-    the pool, and tables differ in size, so that some rows find none.
+    All columns of a kind share one pool of values, so that joins find partners; each column draws from its
+    own part of the pool, and tables differ in size, so that some rows find none.
     """
     rng = random.Random(fill)
     numbers = [float(text) if "." in text else int(text) for text in found if _NUMBER.fullmatch(text)]

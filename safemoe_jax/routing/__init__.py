@@ -2,7 +2,7 @@
 
 from safemoe_jax.routing.drift import drift, top_k_overlap
 from safemoe_jax.routing.override import RoutingOverride, at_last_token, last_token_mask, make_override
-from safemoe_jax.routing.penalty import alignment_penalty, layer_divergence, layer_selection
+from safemoe_jax.routing.penalty import alignment_penalty, layer_divergence, layer_selection, token_divergence
 
 __all__ = [
     "RoutingOverride",
@@ -13,5 +13,6 @@ __all__ = [
     "layer_divergence",
     "layer_selection",
     "make_override",
+    "token_divergence",
     "top_k_overlap",
 ]
