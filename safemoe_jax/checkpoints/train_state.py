@@ -1,0 +1,97 @@
+"""Checkpoints of a run in progress: the training state and where the run stands. The only user of Orbax."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from safemoe_jax.errors import InputError
+
+State = TypeVar("State")
+
+
+class TrainCheckpoints:
+    """The checkpoints of one run, in one folder; the newest two are kept.
+
+    A checkpoint appears under its final name only when it is complete, so a run that is killed while it
+    writes one resumes from the one before. Use as a context manager: leaving it waits for the last write.
+
+    Args:
+        folder: made when it is not there. What an earlier process left half-written is removed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder).resolve()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._orbax = ocp.training.Checkpointer(
+            self._folder,
+            preservation_policy=ocp.training.preservation_policies.LatestN(2),
+            cleanup_tmp_directories=True,
+        )
+        self._writing: Any = None
+
+    def __enter__(self) -> TrainCheckpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.wait()
+        self._orbax.close()
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        newest = self._orbax.latest
+        return None if newest is None else newest.step
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Starts writing a checkpoint; the state's arrays may be donated as soon as this returns.
+
+        Args:
+            step: its number; above every earlier one.
+            state: pytree of arrays.
+            progress: JSON values: the data iterator's state and whatever else the run needs to continue.
+
+        Raises:
+            InputError: there is not enough room on the disk; earlier checkpoints are untouched.
+        """
+        self.wait()
+        self._require_room(state)
+        self._writing = self._orbax.save_checkpointables_async(
+            step, {"state": state}, force=True, custom_metadata=progress
+        )
+
+    def wait(self) -> None:
+        """Returns when the checkpoint being written is complete."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def restore(self, abstract: State) -> tuple[State, dict[str, Any]]:
+        """The newest checkpoint.
+
+        Args:
+            abstract: the state as `jax.ShapeDtypeStruct`s that carry shardings.
+
+        Returns:
+            The state, placed as asked, and the progress given to `save`.
+        """
+        newest = self._orbax.latest
+        restored = self._orbax.load_checkpointables(newest, {"state": abstract})
+        return restored["state"], dict(self._orbax.metadata(newest).custom_metadata)
+
+    def _require_room(self, state: Any) -> None:
+        needed = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._folder).free
+        if free < 1.1 * needed:
+            raise InputError(
+                f"the disk is full: a checkpoint takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free",
+                where=str(self._folder),
+                expected="room for two checkpoints; the earlier ones are untouched",
+            )

@@ -1,0 +1,33 @@
+"""The load-balancing loss that keeps a router from using a few experts only (for pretraining).
+
+Shapes: L MoE layers, B batch rows, T row length, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def load_balancing_loss(router_logits: jax.Array, token_mask: jax.Array, *, top_k: int) -> jax.Array:
+    """E * sum_e f_e p_e, a float32 scalar; top_k when the load is even, up to E when it is not.
+
+    f_e is the mean number of times that a token's top-k choice names expert e, p_e its mean probability,
+    both over the tokens of all layers together, as in transformers' ``load_balancing_loss_func`` (Switch
+    Transformer, arXiv 2101.03961, equations 4-6, extended to top-k). The gradient flows through p_e only.
+
+    Args:
+        router_logits: raw router logits ``[L, B, T, E]``, any float dtype.
+        token_mask: ``[B, T]``, non-zero for real tokens; padding counts for nothing.
+        top_k: experts a token.
+    """
+    logits = router_logits.astype(jnp.float32)
+    n_experts = logits.shape[-1]
+    counts_BT = (token_mask != 0).astype(jnp.float32)
+    share_BT = counts_BT / (jnp.maximum(counts_BT.sum(), 1.0) * logits.shape[0])
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    _, chosen_LBTK = jax.lax.top_k(jax.lax.stop_gradient(logits), top_k)
+    load_LBTE = jax.nn.one_hot(chosen_LBTK, n_experts, dtype=jnp.float32).sum(axis=-2)
+    load_E = jnp.einsum("lbte,bt->e", load_LBTE, share_BT)
+    probability_E = jnp.einsum("lbte,bt->e", probabilities, share_BT)
+    return n_experts * jnp.sum(load_E * probability_E)

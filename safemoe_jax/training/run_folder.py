@@ -1,0 +1,135 @@
+"""The run folder: config.yaml, environment.json, metrics.jsonl, results.json, checkpoints/, adapter/ or
+model/."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from safemoe_jax.checkpoints.atomic import new_file
+from safemoe_jax.errors import InputError
+from safemoe_jax.training.config import TrainConfig, identity, to_dict
+
+PACKAGES = (
+    "safemoe_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "transformers",
+)
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Refuses an output folder that another run made. Nothing is written.
+
+    Raises:
+        InputError: the folder holds a run with another configuration, or something that is not a run.
+    """
+    folder = Path(config.output)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError("the output is a file", where=str(folder), expected="a new folder")
+    if not any(not path.name.startswith(".") for path in folder.iterdir()):
+        return
+    written = folder / "config.yaml"
+    if not written.exists():
+        raise InputError(
+            "the output folder is not empty and holds no run",
+            where=str(folder),
+            expected="a new folder, or one of this same run to continue; nothing was changed",
+        )
+    before, now = _read_yaml(written), to_dict(config)
+    different = _differences(identity(before), identity(now))
+    if different:
+        shown = "; ".join(f"{name} was {old!r}, is {new!r}" for name, old, new in different[:4])
+        raise InputError(
+            f"the output folder belongs to a run with another configuration: {shown}",
+            where=str(written),
+            expected="another output folder, or the configuration of that run to continue it",
+        )
+
+
+def open_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
+    """Makes the folder, with the resolved configuration and what the run depends on besides.
+
+    Args:
+        config: the run's configuration.
+        facts: fingerprints and the like, for environment.json.
+    """
+    folder = Path(config.output)
+    if jax.process_index() == 0:
+        with new_file(folder / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+        write_json(folder / "environment.json", environment() | {"seed": config.seed} | facts)
+    return folder
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def add_results(path: Path, name: str, value: dict[str, Any]) -> None:
+    """Puts one section into results.json and keeps the others."""
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, results | {name: value})
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and revision that a run's bits depend on."""
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "devices": {"count": len(devices), "kind": devices[0].device_kind, "processes": jax.process_count()},
+        "git_revision": _git_revision(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Revision of the source tree that this package is imported from; None for an installed package."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError("not valid YAML", where=str(path), expected="the file that the run wrote") from error
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        found = [_differences(old.get(k), new.get(k), f"{name}.{k}" if name else k) for k in keys]
+        return [difference for differences in found for difference in differences]
+    return [] if old == new else [(name, old, new)]

@@ -1,0 +1,301 @@
+"""`safemoe train`: from a configuration to a fine-tuned model in a run folder. Wiring only."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from safemoe_jax import defenses
+from safemoe_jax.checkpoints.huggingface import find_folder, read_config
+from safemoe_jax.checkpoints.reference import Reference, check_matches, fingerprint, read_reference
+from safemoe_jax.checkpoints.train_state import TrainCheckpoints
+from safemoe_jax.data.chat import Encoded, encode_samples
+from safemoe_jax.data.formats import Sample
+from safemoe_jax.data.mixture import mix
+from safemoe_jax.data.pipeline import TrainPipeline
+from safemoe_jax.data.sources import read_source
+from safemoe_jax.model import Model, load_pretrained
+from safemoe_jax.models.config import Compute, check_mesh
+from safemoe_jax.models.lora import add_adapters, describe
+from safemoe_jax.models.params import initialise, shardings, split_trainable
+from safemoe_jax.models.transformer import declare
+from safemoe_jax.parallel.mesh import BATCH_AXES, make_mesh, mesh_axis_sizes
+from safemoe_jax.training.config import TrainConfig, to_dict, validate
+from safemoe_jax.training.hooks import Defence
+from safemoe_jax.training.loop import Plan, Start, prepare, resume, train
+from safemoe_jax.training.metrics import Sink, jsonl_sink, progress_sink, tensorboard_sink, wandb_sink
+from safemoe_jax.training.run_folder import add_results, check_folder, open_folder
+from safemoe_jax.training.state import TrainState
+from safemoe_jax.training.step import n_compiled
+
+OnStep = Callable[[int, Model], None]
+"""(finished task steps, the model as it is now), called after every task step and the pass that follows it;
+the model's trained arrays are gone when the call returns."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        run_dir: the run folder.
+        model: the fine-tuned model, adapters not merged.
+        summary: the "training" section of results.json.
+    """
+
+    run_dir: Path
+    model: Model
+    summary: dict[str, Any]
+
+    def __str__(self) -> str:
+        s = self.summary
+        loss = "" if s["final_loss"] is None else f", loss {s['first_loss']:.4f} -> {s['final_loss']:.4f}"
+        return (
+            f"{s['defence']['name']}: {s['task_steps']} task steps and {s['routing_steps']} routing steps"
+            f"{loss}, {s['seconds']:.1f} s training, {s['compile_seconds']:.1f} s compiling\n"
+            f"{self.run_dir / s['saved']}"
+        )
+
+
+def finetune(config: TrainConfig, *, model: Model | None = None, on_step: Sequence[OnStep] = ()) -> RunResult:
+    """Fine-tunes a model, or continues a run of the same configuration that was interrupted.
+
+    Same configuration, seed and platform give the same bits, also after any interruption. A folder with a
+    finished run is read, not trained again (unless it was told to keep no checkpoints).
+
+    Args:
+        config: the run.
+        model: the model to start from where it is already loaded; must be what `config.model` names.
+        on_step: called as the run goes on, for evaluating while training.
+
+    Returns:
+        The model and where everything was written.
+
+    Raises:
+        InputError: anything wrong with configuration, files or output folder, before anything is written;
+        or a loss
+            that is not finite, naming step and samples.
+    """
+    validate(config)
+    defenses.check_name(config.defence)
+    check_folder(config)
+    mesh = make_mesh(config.mesh)
+    base = _base_model(config, model, mesh)
+    check_mesh(base.config, mesh)
+    references = _references(config, base)
+    plan, report = _plan(config, base, mesh, references)
+    say(
+        config,
+        f"{describe(plan.model_config)}; {report['samples']} samples, {report['truncated']} truncated, ",
+    )
+    folder = open_folder(config, {"data": plan.pipeline.fingerprint, "data_report": report})
+    return _run(plan, base, folder, report, on_step)
+
+
+def say(config: TrainConfig, text: str) -> None:
+    """Tells the user, unless progress is off."""
+    if config.progress and jax.process_index() == 0:
+        print(text.rstrip(", "), file=sys.stderr)
+
+
+def _run(
+    plan: Plan, base: Model, folder: Path, report: dict[str, Any], on_step: Sequence[OnStep]
+) -> RunResult:
+    config = plan.config
+
+    def model_of(state: TrainState) -> Model:
+        params = {**plan.weights.frozen, **state.trainable}
+        return dataclasses.replace(base, config=plan.model_config, params=params, compute=plan.compute)
+
+    callbacks = [lambda step, state, call=call: call(step, model_of(state)) for call in on_step]
+    with _checkpoints(config, folder) as checkpoints:
+        start = resume(plan, checkpoints)
+        began, compiled_before = time.perf_counter(), n_compiled()
+        programs = prepare(plan, start.state)
+        compile_seconds = time.perf_counter() - began
+        with _sinks(plan, folder, start) as sinks:
+            state, outcome = train(plan, programs, start, sinks, checkpoints, callbacks)
+    final = _finished(plan, model_of(state))
+    saved = _save(final, config, folder)
+    task_steps = plan.pipeline.total_steps
+    losses = outcome["losses"]
+    summary = {
+        "task_steps": task_steps,
+        "routing_steps": outcome["steps"] - task_steps,
+        "first_loss": losses[0] if losses else None,
+        "final_loss": losses[-1] if losses else None,
+        "seconds": outcome["seconds"],
+        "compile_seconds": compile_seconds,
+        "compilations": n_compiled() - compiled_before,
+        "tokens": outcome["tokens"],
+        "tokens_per_second": outcome["tokens"] / max(outcome["seconds"], 1e-9),
+        "resumed_at": start.task_step,
+        "trainable": describe(plan.model_config),
+        "defence": {"name": plan.defence.name, **plan.defence.notes},
+        "data": report,
+        "saved": saved,
+    }
+    if jax.process_index() == 0:
+        add_results(folder / "results.json", "training", summary)
+    return RunResult(folder, final, summary)
+
+
+def _base_model(config: TrainConfig, model: Model | None, mesh: Mesh) -> Model:
+    """The model before training, on the mesh. All its parameters train without adapters, so they are
+    float32 then."""
+    dtype = config.dtype if config.lora is not None else "float32"
+    compute = Compute(config.dtype, config.experts, config.remat, mesh if mesh.size > 1 else None)
+    if model is not None:
+        if model.config.lora is not None:
+            model = model.merged()
+        placed = shardings(declare(model.config), mesh)
+        params = {
+            name: jax.device_put(v.astype(jnp.dtype(dtype)), placed[name]) for name, v in model.params.items()
+        }
+        return dataclasses.replace(model, params=params, compute=compute)
+    if config.initialise == "random":
+        folder = find_folder(config.model)
+        model_config, raw = read_config(folder)
+        key = jax.random.key(config.seed)
+        specs, stddev = declare(model_config), model_config.initializer_range
+        params = initialise(specs, key, dtype=dtype, stddev=stddev, mesh=mesh)
+        return Model(model_config, params, compute, config.model, folder, raw)
+    return dataclasses.replace(load_pretrained(config.model, mesh=mesh, dtype=dtype), compute=compute)
+
+
+def _references(config: TrainConfig, base: Model) -> tuple[Reference, ...]:
+    defence = config.defence
+    paths = [path for path in (defence.reference, defence.benign_reference) if path is not None]
+    if defence.name == "none" or not paths:
+        return ()
+    current = fingerprint(base.config, base.params)
+    references = tuple(read_reference(path) for path in paths)
+    for path, reference in zip(paths, references, strict=True):
+        check_matches(
+            reference, config=base.config, model_fingerprint=current, tokenizer=base.tokenizer, where=path
+        )
+    return references
+
+
+def _plan(
+    config: TrainConfig, base: Model, mesh: Mesh, references: tuple[Reference, ...]
+) -> tuple[Plan, dict[str, Any]]:
+    model_config, params = base.config, base.params
+    if config.lora is not None:
+        key = jax.random.key(config.seed)
+        model_config, params = add_adapters(model_config, params, config.lora, key, mesh)
+    row_multiple = mesh_axis_sizes(mesh, BATCH_AXES) * config.gradient_accumulation
+    clip_norm = config.optimizer.clip_norm
+    context = defenses.DefenceContext(
+        model_config, config.batch_size, config.seed, row_multiple, clip_norm, references
+    )
+    defence = defenses.build(config.defence, context)
+    weights = split_trainable(model_config, params)
+    weights = weights if defence.init is None else defence.init(model_config, weights)
+    samples = mix([(source, read_source(source)) for source in config.data], config.seed)
+    samples = samples if defence.data is None else defence.data(samples)
+    pipeline = _pipeline(
+        config, encode_samples(base.tokenizer, samples, config.max_length), defence, row_multiple
+    )
+    ends = epoch_ends(len(pipeline.items), config.batch_size, pipeline.total_steps)
+    naming = _naming(samples)
+    plan = Plan(config, model_config, base.compute, mesh, weights, pipeline, defence, ends, naming)
+    return plan, pipeline.report()
+
+
+def _pipeline(
+    config: TrainConfig, encoded: list[Encoded], defence: Defence, row_multiple: int
+) -> TrainPipeline:
+    loss = defence.loss
+    return TrainPipeline.build(
+        encoded,
+        config.batch_size,
+        config.epochs,
+        config.seed,
+        total_steps=config.steps,
+        row_multiple=row_multiple,
+        prompts=loss.prompts if loss else None,
+        prompts_for_step=loss.prompts_for_step if loss else None,
+    )
+
+
+def epoch_ends(n_samples: int, batch_size: int, total_steps: int) -> tuple[int, ...]:
+    """Numbers of finished task steps at which an epoch's samples are used up.
+
+    Steps have exactly `batch_size` samples, so an epoch may end within a step; it counts as ended after the
+    last step that lies wholly in it. A run of whole epochs ends with an epoch.
+    """
+    last = math.ceil((total_steps + 1) * batch_size / n_samples)
+    ends = {epoch * n_samples // batch_size for epoch in range(1, last + 1)}
+    return tuple(sorted(end for end in ends if 1 <= end <= total_steps))
+
+
+def _naming(samples: Sequence[Sample]) -> Callable[[Sequence[int]], str]:
+    def name(ids: Sequence[int]) -> str:
+        by_source: dict[str, list[int]] = {}
+        for i in ids:
+            by_source.setdefault(samples[i].source, []).append(samples[i].index)
+        return "; ".join(
+            f"{source}: records {', '.join(map(str, rows))}" for source, rows in by_source.items()
+        )
+
+    return name
+
+
+@contextlib.contextmanager
+def _checkpoints(config: TrainConfig, folder: Path) -> Iterator[TrainCheckpoints | None]:
+    if config.checkpoint_every == 0:
+        yield None
+        return
+    with TrainCheckpoints(folder / "checkpoints") as checkpoints:
+        yield checkpoints
+
+
+@contextlib.contextmanager
+def _sinks(plan: Plan, folder: Path, start: Start) -> Iterator[list[Sink]]:
+    """Opens what the configuration asks for; only the first process writes."""
+    config, sinks = plan.config, []
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            sinks.append(jsonl_sink(folder / "metrics.jsonl", start.step))
+            if config.tensorboard:
+                sinks.append(tensorboard_sink(folder / "tensorboard"))
+            if config.wandb:
+                sinks.append(wandb_sink(folder, to_dict(config)))
+            if config.progress:
+                sinks.append(progress_sink(plan.pipeline.total_steps, start.task_step, plan.defence.name))
+        for sink in sinks:
+            stack.callback(sink.close)
+        yield sinks
+
+
+def _finished(plan: Plan, model: Model) -> Model:
+    """The model after the defence's last word."""
+    if plan.defence.post is None:
+        return model
+    weights = plan.defence.post(model.config, split_trainable(model.config, model.params))
+    return dataclasses.replace(model, params=weights.merged())
+
+
+def _save(model: Model, config: TrainConfig, folder: Path) -> str:
+    """Writes the adapter, or the whole model; one that is there is whole and came from the same
+    configuration."""
+    if model.config.lora is not None:
+        name, save = "adapter", model.save_adapter
+    else:
+        params = {key: value.astype(jnp.dtype(config.dtype)) for key, value in model.params.items()}
+        name, save = "model", dataclasses.replace(model, params=params).save_pretrained
+    if not (folder / name).exists():
+        save(folder / name)
+    return name
