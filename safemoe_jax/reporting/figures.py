@@ -6,8 +6,9 @@ Colours are CSS classes of the page (`c-NAME` for a condition), so a figure carr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 from safemoe_jax.reporting.run_folder import Condition, Measure
 from safemoe_jax.reporting.tables import number, significant
@@ -135,6 +136,48 @@ def curve_chart(conditions: Sequence[Condition]) -> str:
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" class="fill {colour}"/>' for x, y in points]
         parts.append(_text(right + 12, label_y + 4, condition.title, f"curve-label fill {colour}"))
     return _svg(bottom + 42, parts, "Harmfulness over training steps")
+
+
+def training_chart(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Task loss, and the routing penalty where a defence reported one, over optimizer steps."""
+    panels = [
+        ("task loss", [(row["step"], row["loss"]) for row in metrics if row.get("kind") == "task"], "c-2"),
+        (
+            "routing penalty",
+            [(row["step"], row["routing_penalty"]) for row in metrics if "routing_penalty" in row],
+            "c-3",
+        ),
+    ]
+    panels = [panel for panel in panels if len(panel[1]) > 1]
+    width = 400
+    parts = []
+    for i, (title, points, colour) in enumerate(panels):
+        parts += _line_panel(title, points, colour, left=46 + i * (width + 70), width=width)
+    return _svg(220, parts, "Loss and routing penalty over training steps") if panels else ""
+
+
+def _line_panel(
+    title: str, points: Sequence[tuple[float, float]], colour: str, *, left: float, width: float
+) -> list[str]:
+    """One line over steps, from 0 to its largest value."""
+    top, bottom = 30, 180
+    peak = max(value for _, value in points) or 1.0
+    last = max(step for step, _ in points)
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        return left + width * step / max(last, 1), bottom - (bottom - top) * max(value, 0.0) / peak
+
+    parts = [_text(left, 14, title, "axis-title")]
+    for share in (0, 0.5, 1):
+        _, y = place(0, share * peak)
+        parts += [
+            _line(left, y, left + width, y, "grid"),
+            _text(left - 8, y + 4, f"{share * peak:.2g}", "tick end"),
+        ]
+    for tick in _ticks(last):
+        parts.append(_text(place(tick, 0)[0], bottom + 18, f"{tick:g}", "tick middle"))
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+    return [*parts, f'<polyline points="{path}" class="curve stroke {colour}"/>']
 
 
 def _ticks(last: float) -> list[float]:

@@ -61,6 +61,8 @@ def _content(run: Run) -> dict[str, Any]:
         "intervals": figures.interval_chart(run.conditions),
         "heatmap": figures.drift_heatmap(run.conditions),
         "curves": figures.curve_chart(run.conditions),
+        "training_chart": figures.training_chart(run.metrics),
+        "training": flatten(run.training),
         "suites": compare_answers(run.conditions),
         "environment": flatten(run.environment),
         "organism": bool(run.environment.get("organism")),

@@ -70,7 +70,17 @@ class Condition:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as the report needs it."""
+    """A run folder as the report needs it.
+
+    Attributes:
+        folder: the run folder.
+        seed, seconds: of the whole run, where the results name them.
+        conditions: the models that were evaluated.
+        configuration: config.yaml, "" without one.
+        environment: environment.json.
+        training: what a training run says of itself in results.json.
+        metrics: rows of metrics.jsonl, one an optimizer step.
+    """
 
     folder: Path
     seed: int | None
@@ -78,10 +88,12 @@ class Run:
     conditions: tuple[Condition, ...]
     configuration: str
     environment: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: tuple[dict[str, Any], ...] = ()
 
 
 def read_run(folder: Path | str) -> Run:
-    """Reads results.json (required), generations/*.jsonl, config.yaml and environment.json.
+    """Reads results.json (required), metrics.jsonl, generations/*.jsonl, config.yaml and environment.json.
 
     Raises:
         InputError: the folder or its results.json is missing, or a file is not valid JSON.
@@ -92,7 +104,7 @@ def read_run(folder: Path | str) -> Run:
             "there is nothing to report", where=str(folder), expected="a run folder with results.json in it"
         )
     results = _read_json(folder / "results.json")
-    conditions = results.get("conditions") or {"model": results}
+    conditions = results.get("conditions") or ({"model": results} if "hs" in results else {})
     config = folder / "config.yaml"
     environment = folder / "environment.json"
     return Run(
@@ -102,6 +114,8 @@ def read_run(folder: Path | str) -> Run:
         conditions=tuple(_condition(name, entry, folder) for name, entry in conditions.items()),
         configuration=config.read_text(encoding="utf-8") if config.is_file() else "",
         environment=_read_json(environment) if environment.is_file() else {},
+        training=results.get("training") or {},
+        metrics=_read_rows(folder / "metrics.jsonl"),
     )
 
 
@@ -120,7 +134,7 @@ def _condition(name: str, entry: dict[str, Any], folder: Path) -> Condition:
         drift_by_layer=by_layer,
         hs_curve=tuple((float(step), float(hs)) for step, hs in entry.get("hs_curve") or ()),
         judge=entry.get("judge") or "",
-        answers=_read_answers(folder / "generations" / f"{name}.jsonl"),
+        answers=tuple(map(_answer, _read_rows(folder / "generations" / f"{name}.jsonl"))),
     )
 
 
@@ -130,12 +144,12 @@ def _measure(entry: dict[str, Any], name: str) -> Measure:
     return Measure(value, low, high)
 
 
-def _read_answers(file: Path) -> tuple[Answer, ...]:
+def _read_rows(file: Path) -> tuple[dict[str, Any], ...]:
+    """Rows of a JSON Lines file, none without a file; a last line without its end is still being written."""
     if not file.is_file():
         return ()
-    lines = file.read_text(encoding="utf-8").splitlines()
-    rows = [_parse(line, f"{file}, line {i}") for i, line in enumerate(lines, start=1) if line.strip()]
-    return tuple(_answer(row) for row in rows)
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    return tuple(_parse(line, f"{file}, line {i}") for i, line in enumerate(lines, start=1) if line.strip())
 
 
 def _answer(row: dict[str, Any]) -> Answer:

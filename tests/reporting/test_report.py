@@ -136,12 +136,27 @@ def test_one_model_without_conditions_is_reported_too(folder: Path) -> None:
     assert judge_run(run.conditions).tone == "open"
 
 
+def test_a_training_run_shows_its_loss_and_penalty_to_scale(folder: Path) -> None:
+    rows = [{"step": i, "kind": "task", "loss": 4.0 / i, "routing_penalty": 0.1 * i} for i in (1, 2, 4)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(lines + '{"step": 5, "ki')  # killed while writing
+    run = with_results(folder, {"training": {"task_steps": 4, "defence": {"name": "safemoe"}}})
+    text = Page(render(run)).text
+    assert "Harmfulness was not measured" in text and "What was measured" not in text
+    assert "defence.name safemoe" in text
+    root = ElementTree.fromstring(figures.training_chart(run.metrics))
+    loss, penalty = ([p.split(",") for p in n.attrib["points"].split()] for n in root.iter("polyline"))
+    heights = [180 - float(y) for _, y in loss]
+    assert heights == pytest.approx([150, 75, 37.5], abs=0.1)
+    assert [180 - float(y) for _, y in penalty] == pytest.approx([37.5, 75, 150], abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "where"),
     [
         ("results.json", "{", "results.json"),
         ("results.json", "[1]", "results.json"),
-        ("generations/safemoe.jsonl", '{"prompt": "a"}\n{"prom', "safemoe.jsonl, line 2"),
+        ("generations/safemoe.jsonl", '{"prompt": "a"}\n{"prom\n', "safemoe.jsonl, line 2"),
     ],
 )
 def test_a_damaged_file_is_named(folder: Path, file: str, content: str, where: str) -> None:

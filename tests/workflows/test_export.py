@@ -17,7 +17,7 @@ from safemoe_jax.models.transformer import declare
 
 CONFIG = ModelConfig(
     family="olmoe", vocab_size=24, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4,
-    norm_eps=1e-5, n_experts=4, top_k=2, expert_dim=8,
+    norm_eps=1e-5, n_experts=4, top_k=2, expert_dim=8, qk_norm="full",
 )  # fmt: skip
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj", "mlp.experts.down_proj"))
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
