@@ -6,9 +6,10 @@ log-probabilities there. Hashes tie it to a model, a tokenizer and a set of prom
 
 Log-probabilities are stored as 16-bit codes, evenly spaced between the prompt's smallest and largest value;
 values below -64 (probability 2e-28) are raised to -64. Decoding renormalises. Loss of precision: a
-log-probability is off by at most half a step, range / 131070 (2.4e-4 at a range of 32; 4.9e-4 at most), so a
-probability by at most 0.05 %. Measured on random logits of standard deviation 3 over 150,000 words: MEASURED.
-150,000 words x 200 prompts take 60.0 MB.
+log-probability is off by at most one step, range / 65535 (half by rounding, half by renormalising: 4.9e-4 at
+a range of 32, 9.8e-4 at most), so a probability by at most 0.1 %. Measured on random logits of standard
+deviation 3 over 150,000 words: 2.2e-4, and KL(exact || stored) below 2e-7. 150,000 words x 200 prompts take
+60.0 MB.
 
 Legend: L MoE layers, S prompts, E experts, V vocabulary.
 """
@@ -149,9 +150,7 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
         for half in (name, name[:-1] + "a")
     }
     names = sorted(set(params) - skipped)
-    sums = jax.jit(lambda arrays: {name: _checksum(array) for name, array in arrays.items()})(
-        {name: params[name] for name in names}
-    )
+    sums = _checksums({name: params[name] for name in names})
     adapted = any(is_adapter(name) for name in names)
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_FUNCTION}
     described = {
@@ -160,6 +159,11 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
         "params": [[name, list(params[name].shape), np.asarray(sums[name]).tolist()] for name in names],
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+@jax.jit
+def _checksums(params: Params) -> dict[str, jax.Array]:
+    return {name: _checksum(array) for name, array in params.items()}
 
 
 def _checksum(array: jax.Array) -> jax.Array:

@@ -178,9 +178,9 @@ def resolve(
     for name in sorted(set(found) - used - copies):
         if not any(re.fullmatch(pattern, name) for pattern in table.ignored):
             raise InputError(
-                f"tensor '{name}' maps to no parameter of a {config.family} model",
+                f"tensor '{name}' maps to no parameter of model_type {config.family}",
                 where=where,
-                expected="only tensors that config.json declares (check n_layers, num_experts, biases)",
+                expected="only tensors that config.json declares (check num_hidden_layers, num_experts, attention_bias)",
             )
     return plan
 
