@@ -22,13 +22,21 @@ _PUBLIC = {
     "MeshConfig": "parallel.mesh:MeshConfig",
     "Model": "model:Model",
     "OptimizerConfig": "training.config:OptimizerConfig",
+    "Reference": "checkpoints.reference:Reference",
     "SourceConfig": "data.sources:SourceConfig",
     "TrainConfig": "training.config:TrainConfig",
     "alignment_penalty": "routing.penalty:alignment_penalty",
+    "encode_prompts": "data.chat:encode_prompts",
+    "evaluate": "evaluation.suites:evaluate",
+    "extract_reference": "evaluation.readout:extract_reference",
     "finetune": "workflows.train:finetune",
+    "generate": "evaluation.generate:generate",
     "load_pretrained": "model:load_pretrained",
     "make_mesh": "parallel.mesh:make_mesh",
+    "read_prompts": "data.sources:read_prompts",
+    "read_reference": "checkpoints.reference:read_reference",
     "routing_drift": "routing.drift:drift",
+    "write_reference": "checkpoints.reference:write_reference",
 }
 __all__ = ["__version__", *sorted(_PUBLIC)]
 

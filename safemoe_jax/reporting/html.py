@@ -60,6 +60,7 @@ def _content(run: Run) -> dict[str, Any]:
         "judges": sorted({condition.judge for condition in run.conditions if condition.judge}),
         "intervals": figures.interval_chart(run.conditions),
         "heatmap": figures.drift_heatmap(run.conditions),
+        "suite_drift": tables.suite_drift(run.conditions),
         "curves": figures.curve_chart(run.conditions),
         "training_chart": figures.training_chart(run.metrics),
         "training": flatten(run.training),

@@ -17,6 +17,9 @@ TITLES = {
 }
 
 
+MEASURES = {"hs", "over_refusal", "fa", "drift"}
+
+
 @dataclass(frozen=True)
 class Measure:
     """A figure with its 95 % interval, both in the unit of the figure; None: not measured."""
@@ -48,6 +51,7 @@ class Condition:
         n: number of harmful prompts.
         seconds: time it took to train, or None.
         layers, drift_by_layer: index of each MoE layer and its mean KL, nats.
+        drift_by_suite: mean KL on each kind of prompt (harmful, benign, task), nats.
         hs_curve: (optimizer step, HS in percent) pairs.
         judge: name of the judge of harmfulness, or "".
         answers: raw generations.
@@ -63,6 +67,7 @@ class Condition:
     seconds: float | None
     layers: tuple[int, ...]
     drift_by_layer: tuple[float, ...]
+    drift_by_suite: dict[str, float]
     hs_curve: tuple[tuple[float, float], ...]
     judge: str
     answers: tuple[Answer, ...]
@@ -104,7 +109,7 @@ def read_run(folder: Path | str) -> Run:
             "there is nothing to report", where=str(folder), expected="a run folder with results.json in it"
         )
     results = _read_json(folder / "results.json")
-    conditions = results.get("conditions") or ({"model": results} if "hs" in results else {})
+    conditions = results.get("conditions") or ({"model": results} if MEASURES & set(results) else {})
     config = folder / "config.yaml"
     environment = folder / "environment.json"
     return Run(
@@ -132,6 +137,7 @@ def _condition(name: str, entry: dict[str, Any], folder: Path) -> Condition:
         seconds=entry.get("seconds"),
         layers=tuple(entry.get("moe_layers") or range(len(by_layer))),
         drift_by_layer=by_layer,
+        drift_by_suite={name: found["drift"] for name, found in (entry.get("routing") or {}).items()},
         hs_curve=tuple((float(step), float(hs)) for step, hs in entry.get("hs_curve") or ()),
         judge=entry.get("judge") or "",
         answers=tuple(map(_answer, _read_rows(folder / "generations" / f"{name}.jsonl"))),

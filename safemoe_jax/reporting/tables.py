@@ -31,6 +31,19 @@ def condition_rows(conditions: Sequence[Condition]) -> list[tuple[str, ...]]:
     ]
 
 
+def suite_drift(conditions: Sequence[Condition]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the drift on each kind of prompt; no rows where fewer than two kinds were measured."""
+    suites = list(dict.fromkeys(suite for c in conditions for suite in c.drift_by_suite))
+    if len(suites) < 2:
+        return (), []
+    rows = [
+        (c.title, *(significant(c.drift_by_suite.get(suite)) for suite in suites))
+        for c in conditions
+        if c.drift_by_suite
+    ]
+    return ("condition", *(f"{suite} prompts" for suite in suites)), rows
+
+
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned with spaces, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]

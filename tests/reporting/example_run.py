@@ -21,6 +21,11 @@ def condition(hs: float, over: float, fa: float, drift: float, **more: Any) -> d
         "judge": "exact",
         "drift_by_layer": [drift * factor for factor in (0.4, 0.8, 1.2, 1.6)],
         "moe_layers": [0, 1, 2, 3],
+        "routing": {
+            "harmful": {"drift": drift},
+            "benign": {"drift": drift / 3},
+            "task": {"drift": drift / 8},
+        },
         **more,
     }
 

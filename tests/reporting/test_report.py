@@ -96,6 +96,15 @@ def test_every_figure_of_every_condition_is_on_the_page(run: Run) -> None:
         assert words in text
 
 
+def test_drift_is_compared_between_kinds_of_prompts(run: Run, folder: Path) -> None:
+    header, rows = tables.suite_drift(run.conditions)
+    assert header == ("condition", "harmful prompts", "benign prompts", "task prompts")
+    assert rows[1] == ("Fine-tuned, no defence", "1.84", "0.613", "0.23")
+    assert "particular to harm" in Page(render(run)).text
+    one_kind = with_results(folder, {"conditions": {"a": {"routing": {"harmful": {"drift": 1.0}}}}})
+    assert tables.suite_drift(one_kind.conditions) == ((), [])
+
+
 def test_answers_are_shown_as_text_and_not_as_markup(run: Run) -> None:
     html = render(run)
     assert "<b>slowly</b>" not in html and "&lt;b&gt;slowly&lt;/b&gt;" in html
