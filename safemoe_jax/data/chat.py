@@ -67,7 +67,7 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise InputError(
             "the tokenizer has no chat template",
             where=where,
-            expected="an instruction-tuned model's: chat_template in tokenizer_config.json or chat_template.jinja",
+            expected="chat_template in tokenizer_config.json, or a file chat_template.jinja",
         )
     if tokenizer.eos_token_id is None:
         raise InputError(

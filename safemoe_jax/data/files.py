@@ -12,9 +12,9 @@ import io
 import json
 import lzma
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from safemoe_jax.errors import InputError
 
@@ -24,6 +24,8 @@ _HUB_ID = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.\-]*/[\w.\-]+)(?::(?P<config>[\w
 # The hub converts every public data set to parquet on this branch, as CONFIG/SPLIT/NNNN.parquet: one layout
 # for all.
 _PARQUET_BRANCH = "refs/convert/parquet"
+
+_Answer = TypeVar("_Answer")
 
 
 class Row(NamedTuple):
@@ -108,15 +110,15 @@ def _parse_json(text: str, file: str) -> Iterator[Row]:
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
-        if (
-            error.msg == "Extra data" and error.lineno > 1
-        ):  # several documents: JSON Lines under the name .json
+        # A whole document on the first line and more behind it: JSON Lines under the name .json.
+        if error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
             yield from _parse_json_lines(text, file)
             return
         raise _malformed(error, file, error.lineno) from error
     if isinstance(document, dict):
-        lists = [value for value in document.values() if isinstance(value, list)]
-        document = lists[0] if len(lists) == 1 else [document]
+        name, value = next(iter(document.items()), ("", None))
+        wrapped = len(document) == 1 and isinstance(value, list) and name not in ("messages", "conversations")
+        document = value if wrapped else [document]
     if not isinstance(document, list):
         raise InputError(
             "the JSON document is not a list", where=file, expected="a list of objects or of strings"
@@ -126,8 +128,7 @@ def _parse_json(text: str, file: str) -> Iterator[Row]:
 
 
 def _parse_json_lines(text: str, file: str) -> Iterator[Row]:
-    # Not splitlines(): it also breaks at U+2028 and form feeds, which may stand unescaped inside a JSON
-    # string.
+    # Not splitlines(): it also breaks at U+2028 and form feeds, which may stand bare inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
@@ -168,7 +169,7 @@ def _parse_csv(text: str, file: str) -> Iterator[Row]:
     except csv.Error as error:
         raise InputError(
             f"malformed CSV: {error}",
-            where=f"{file}, line {reader.line_num}",
+            where=f"{file}, line {reader.reader.line_num}",
             expected="quoted, comma-separated text",
         ) from error
 
@@ -195,30 +196,36 @@ def _read_parquet(file: Path) -> list[Row]:
 
 
 def _read_hub(repo: str, config: str | None, split: str | None) -> list[Row]:
-    import httpx
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import RevisionNotFoundError
 
-    try:
-        revision = _PARQUET_BRANCH
+    def names(revision: str) -> list[str]:
+        return HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+
+    def listing() -> tuple[str, list[str]]:
         try:
-            names = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+            return _PARQUET_BRANCH, names(_PARQUET_BRANCH)
         except RevisionNotFoundError:  # gated and private data sets are not converted
-            revision = "main"
-            names = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
-        chosen = choose_hub_files(names, config=config, split=split, repo=repo)
-        local = [hf_hub_download(repo, name, repo_type="dataset", revision=revision) for name in chosen]
-    except (httpx.HTTPError, OSError, ValueError) as error:
+            return "main", names("main")
+
+    revision, found = _ask_hub(repo, listing)
+    chosen = choose_hub_files(found, config=config, split=split, repo=repo)
+    local = _ask_hub(
+        repo, lambda: [hf_hub_download(repo, n, repo_type="dataset", revision=revision) for n in chosen]
+    )
+    values = [row.value for name in local for row in _read_file(Path(name))]
+    return [Row(v, index, f"{repo} ({split or 'train'}), row {index + 1}") for index, v in enumerate(values)]
+
+
+def _ask_hub(repo: str, question: Callable[[], _Answer]) -> _Answer:
+    try:
+        return question()
+    except Exception as error:  # the HTTP library behind the client, and so its exceptions, differ by version
         raise InputError(
-            f"neither a file nor a data set that the hub gives us: {type(error).__name__}: {error}".strip(),
+            f"neither a file nor a data set that the hub gives us: {type(error).__name__}: {error}",
             where=repo,
             expected="a local file, or the id of a data set you can reach (log in for gated ones)",
         ) from error
-    rows = [row for name in local for row in _read_file(Path(name))]
-    return [
-        Row(row.value, index, f"{repo} ({split or 'train'}), row {index + 1}")
-        for index, row in enumerate(rows)
-    ]
 
 
 def choose_hub_files(names: list[str], *, config: str | None, split: str | None, repo: str) -> list[str]:

@@ -96,6 +96,6 @@ def _comparable(found: Any, wanted: str | float | bool | None) -> Any:
         if isinstance(found, str) and re.fullmatch(r"[-+]?\d+(\.\d+)?", found):
             return float(found)
         return None if isinstance(found, bool) else found
-    if wanted is None and found == "":  # an empty cell
+    if wanted is None and found == "":  # a table's empty cell: null also means empty text
         return None
     return found

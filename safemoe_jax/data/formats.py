@@ -153,7 +153,7 @@ def _instruction(row: Row) -> str:
 
 
 def _safeinstr(row: Row) -> Parts:
-    """Instruction with its safe answer, or instructions alone (bare strings; no `output`): prompts for D_h."""
+    """Instruction with its safe answer, or instructions alone (strings, or no `output`): prompts for D_h."""
     answer = _text(row, "output") if isinstance(row.value, dict) and "output" in row.value else None
     return Parts(None, _instruction(row), answer)
 

@@ -1,9 +1,8 @@
 """Several samples in one row, and the few shapes that all steps of a run fit. Pure functions on numpy arrays.
 
 Why: padding every sample to the longest wastes most of a batch, and every new shape costs a compilation.
-    Samples share
-a row, kept apart by segment ids (attention) and positions (from 0 in every segment). Every step of a run has
-one of at most four shapes, planned from the lengths before the first step.
+Samples share a row, kept apart by segment ids (attention) and positions (from 0 in every segment). Every step
+of a run has one of at most four shapes, planned from the lengths before the first step.
 
 Row length T. Attention costs T^2 a row, packing waste falls with T: rows of 64 hold one sample of 35 tokens
 (45 % waste), rows of 256 hold seven (4 %). `choose_row_length` weighs both; see `step_cost`.
@@ -32,8 +31,8 @@ _ATTENTION_PARITY = 4096
 # A target costs one row of the vocabulary projection, 1/8 of a token's way through the layers in the same
 # model.
 _TARGET_COST = 1 / 8
-# A further shape must save at least what compiling it costs: about as much as so many tokens (a tiny model on a CPU
-# compiles for 5 s and takes 10,000 tokens/s; larger models compile longer and take fewer).
+# A further shape must save at least what compiling it costs: about as much as so many tokens (a tiny model on
+# a CPU compiles for 5 s and takes some 10,000 tokens/s; larger models compile longer and take fewer).
 _COMPILATION_TOKENS = 32_768
 
 
@@ -121,10 +120,11 @@ def choose_row_length(
     return min(candidates, key=cost)
 
 
-def row_length_candidates(longest: int) -> list[int]:
-    """Multiples of 64, from the first that holds the longest item to twice that (at least 256)."""
+def row_length_candidates(longest: int, limit: int | None = None) -> list[int]:
+    """Multiples of 64 from the longest item to twice that (at least 256), none above the limit."""
     first = round_up(longest, ROW_MULTIPLE_OF_TOKENS)
-    return list(range(first, max(2 * first, 256) + 1, ROW_MULTIPLE_OF_TOKENS))
+    last = max(2 * first, 256) if limit is None else min(max(2 * first, 256), limit)
+    return list(range(first, last + 1, ROW_MULTIPLE_OF_TOKENS)) or [max(longest, last)]
 
 
 def plan_shapes(
@@ -191,7 +191,7 @@ def _shape(rows: int, length: int, targets: int, row_multiple: int) -> Shape:
 
 
 def _group_shape(groups: list[_Group], end: int, length: int) -> Shape:
-    """Rows of the last group, targets of all groups up to it: shapes grow in both, so the first fit is right."""
+    """Rows of the last group, targets of all up to it: shapes grow in both, so the first fit is right."""
     return _shape(groups[end - 1].rows, length, max(group.targets for group in groups[:end]), 1)
 
 

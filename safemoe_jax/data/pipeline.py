@@ -82,9 +82,10 @@ class TrainPipeline:
         batch_size: int,
         epochs: float = 1,
         seed: int = 0,
+        max_length: int | None = None,
+        row_multiple: int = 1,
         *,
         total_steps: int | None = None,
-        row_multiple: int = 1,
         row_length: int | None = None,
         prompts: Sequence[np.ndarray] | None = None,
         prompts_for_step: Callable[[int], Sequence[int]] | None = None,
@@ -96,15 +97,15 @@ class TrainPipeline:
             batch_size: samples an optimizer step, exactly.
             epochs: passes over the samples; the run has the whole steps in them. May be a fraction.
             seed: of the order, 0 .. 2^32 - 1.
-            total_steps: number of steps instead of `epochs`.
+            max_length: upper bound of the chosen row length; the samples were cut to it by `encode_samples`.
             row_multiple: rows of every batch are a multiple of this (data x fsdp x accumulation).
-            row_length: T; None for the one at which the run costs least, see `choose_row_length`.
+            total_steps: number of steps instead of `epochs`.
+            row_length: T; None for the one at which the run costs least, see `packing.choose_row_length`.
             prompts: prompts for a loss term, int32 [n] each; they are packed into the task batches.
             prompts_for_step: which prompts a step holds; None for all of them in every step.
 
         Raises:
-            InputError: nothing to learn in any sample, fewer samples than one batch, a sample longer than a
-                row.
+            InputError: nothing to learn in any sample, less than one batch, a sample longer than a row.
         """
         kept = [number for number, encoded in enumerate(encoded_samples) if encoded.loss_mask[1:].any()]
         items = [item_of(encoded_samples[number]) for number in kept]
@@ -115,12 +116,13 @@ class TrainPipeline:
         prompt_order = [list(ride(step)) if prompts else [] for step in range(steps)]
 
         sizes = _Sizes(items, order, prompts, prompt_order)
-        length = _row_length(sizes, row_multiple, row_length)
+        length = _row_length(sizes, row_multiple, row_length, max_length)
         needs = [rows_and_targets(*sizes.of(step), length) for step in range(steps)]
         first_epoch = max(1, len(items) // batch_size)
         return TrainPipeline(
             items=items, item_ids=np.asarray(kept, np.int32), order=order,
-            prompts=prompts, prompt_order=prompt_order, batch_size=batch_size, seed=seed, row_length=length, needs=needs,
+            prompts=prompts, prompt_order=prompt_order,
+            batch_size=batch_size, seed=seed, row_length=length, needs=needs,
             shapes=plan_shapes(needs, length, row_multiple, first_steps=first_epoch),
             truncated=sum(encoded.truncated for encoded in encoded_samples),
             untrained_turns=sum(encoded.untrained_turns for encoded in encoded_samples),
@@ -255,7 +257,7 @@ def _order(items: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
     return numbers.reshape(steps, batch_size)
 
 
-def _row_length(sizes: _Sizes, row_multiple: int, row_length: int | None) -> int:
+def _row_length(sizes: _Sizes, row_multiple: int, row_length: int | None, max_length: int | None) -> int:
     if row_length is not None:
         if row_length < sizes.longest:
             raise InputError(
@@ -267,4 +269,4 @@ def _row_length(sizes: _Sizes, row_multiple: int, row_length: int | None) -> int
     total = len(sizes.order)
     probed = np.unique(np.linspace(0, total - 1, min(total, _PROBED_STEPS)).astype(int))
     steps = [sizes.of(step) for step in probed]
-    return choose_row_length(steps, row_multiple, row_length_candidates(sizes.longest))
+    return choose_row_length(steps, row_multiple, row_length_candidates(sizes.longest, max_length))
