@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,12 @@ from tqdm import tqdm
 
 from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation.batches import PromptBatch, batch_prompts
+from safemoe_jax.model import Model
 from safemoe_jax.models.config import Compute, ModelConfig
 from safemoe_jax.models.params import Weights
 from safemoe_jax.models.transformer import Cache, RoutingOverride, decode_step, prefill, routing_pass
 from safemoe_jax.parallel.mesh import BATCH_AXES, mesh_axis_sizes, named_sharding
 from safemoe_jax.routing.override import Where, make_override
-
-if TYPE_CHECKING:
-    from safemoe_jax.model import Model
 
 NO_TOKEN = -1
 
@@ -226,7 +224,7 @@ def routing_logits(
 
 
 def _stop_tokens(model: Model) -> list[int]:
-    """The checkpoint's end tokens (chat models may name several) and the tokenizer's, which training learns."""
+    """The checkpoint's end tokens (chat models may name several) and the tokenizer's, which training uses."""
     named = model.hf_config.get("eos_token_id")
     named = named if isinstance(named, list) else [named]
     found = sorted({token for token in (*named, model.tokenizer.eos_token_id) if token is not None})

@@ -34,7 +34,10 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
     share, spread = successes / n, z * z / n
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the bound is exactly 0 or 1; the difference would leave a rounding error.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == n else centre + half
+    return low, high
 
 
 def share_percent(flags: Iterable[bool]) -> dict[str, Any]:
@@ -71,13 +74,13 @@ def rouge1(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[
     )  # imports nltk: a second that other commands need not pay
 
     scorer = RougeScorer(["rouge1"], use_stemmer=False)
-    pairs = zip(_references(samples), answers, strict=True)
+    pairs = zip(reference_answers(samples), answers, strict=True)
     return {"rouge1": [scorer.score(reference, answer)["rouge1"].fmeasure for reference, answer in pairs]}
 
 
 def exact(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[Score]]:
     """Whether the answer is the sample's, but for case and white space."""
-    pairs = zip(_references(samples), answers, strict=True)
+    pairs = zip(reference_answers(samples), answers, strict=True)
     return {"exact": [float(_collapse(reference) == _collapse(answer)) for reference, answer in pairs]}
 
 
@@ -87,7 +90,7 @@ def sql(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[Sco
     ``execution`` runs both queries on synthetic rows in the tables that the prompt's CREATE statements
     declare (:func:`safemoe_jax.evaluation.sql.execution_match`); None where the rows cannot decide.
     """
-    references = _references(samples)
+    references = reference_answers(samples)
     scores: dict[str, list[Score]] = {"exact": [], "included": [], "execution": []}
     for sample, reference, answer in zip(samples, references, answers, strict=True):
         wanted, got = normalise_sql(reference), normalise_sql(answer)
@@ -132,7 +135,12 @@ def _collapse(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-def _references(samples: Sequence[Sample]) -> list[str]:
+def reference_answers(samples: Sequence[Sample]) -> list[str]:
+    """The right answers of task samples.
+
+    Raises:
+        InputError: a sample has none.
+    """
     missing = next((sample for sample in samples if sample.answer is None), None)
     if missing is not None:
         raise InputError(

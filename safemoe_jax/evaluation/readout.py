@@ -7,22 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from safemoe_jax.checkpoints.reference import (
+    CompactLogProbs,
+    Reference,
+    fingerprint,
+    tokenizer_fingerprint,
+)
 from safemoe_jax.evaluation.batches import batch_prompts
+from safemoe_jax.model import Model
 from safemoe_jax.models.config import Compute, ModelConfig
 from safemoe_jax.models.params import Weights
 from safemoe_jax.models.transformer import hidden_states, routing_pass, unembed
 from safemoe_jax.parallel.mesh import BATCH_AXES, mesh_axis_sizes, named_sharding
 from safemoe_jax.routing import at_last_token, drift, token_divergence, top_k_overlap
-
-if TYPE_CHECKING:
-    from safemoe_jax.model import Model
 
 
 def read_routing(
@@ -44,6 +47,50 @@ def read_routing_and_next_token(
     """Router logits ``[L, S, E]`` and next-token log-probabilities ``[S, V]`` at the last token, float32."""
     logits_LSE, log_probs_1SV = _read(model, prompts, _routing_and_next_token, batch_size, progress)
     return logits_LSE, log_probs_1SV[0]
+
+
+def extract_reference(
+    model: Model,
+    prompts: Sequence[np.ndarray],
+    *,
+    benign: Sequence[np.ndarray] = (),
+    log_probs: bool = False,
+    system_prompt: str = "",
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> Reference:
+    """Records how the aligned model routes prompts, for a defence to hold on to (paper: r(x | w_align)).
+
+    Args:
+        model: the aligned model, with its tokenizer.
+        prompts: token ids of the harmful prompts (D_h), generation prompt included.
+        benign: the same of benign prompts; they follow the harmful ones, as group 1.
+        log_probs: also keep the next-token log-probabilities at the last prompt token, compactly.
+        system_prompt: noted in the file.
+
+    Raises:
+        InputError: no prompt, an empty one, or a model without a tokenizer.
+    """
+    everything = [*prompts, *benign]
+    if log_probs:
+        logits_LSE, log_probs_SV = read_routing_and_next_token(
+            model, everything, batch_size=batch_size, progress=progress
+        )
+        compact = CompactLogProbs.encode(log_probs_SV)
+    else:
+        logits_LSE = read_routing(model, everything, batch_size=batch_size, progress=progress)
+        compact = None
+    return Reference(
+        router_logits=logits_LSE,
+        prompts=tuple(everything),
+        model_fingerprint=fingerprint(model.config, model.params),
+        tokenizer_fingerprint=tokenizer_fingerprint(model.tokenizer),
+        group=np.repeat(np.array([0, 1], np.int8), [len(prompts), len(benign)]),
+        log_probs=compact,
+        model=model.name,
+        chat_template=model.tokenizer.chat_template or "",
+        system_prompt=system_prompt,
+    )
 
 
 def compare_routing(student_LSE: np.ndarray, reference_LSE: np.ndarray, *, top_k: int) -> dict[str, object]:

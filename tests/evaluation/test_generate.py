@@ -1,8 +1,6 @@
 """Generation against whole forward passes, one prompt and one token at a time, without a cache."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +17,7 @@ from safemoe_jax.evaluation.readout import (
 )
 from safemoe_jax.models import Compute, RoutingOverride, Weights, forward
 from safemoe_jax.parallel.mesh import MeshConfig, make_mesh
-
-_spec = importlib.util.spec_from_file_location("small_models", Path(__file__).with_name("small_models.py"))
-small_models = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(small_models)
-CONFIG, random_prompts, small_model = (
-    small_models.CONFIG,
-    small_models.random_prompts,
-    small_models.small_model,
-)
+from tests.evaluation.small_models import CONFIG, random_prompts, small_model
 
 LENGTHS = (3, 20, 7, 1, 12)
 PADDED = 40  # one shape for all reference passes; causal attention never sees what stands behind

@@ -1,0 +1,70 @@
+"""Results and raw generations on disk: `results.json` and `generations/<name>.jsonl` of a run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safemoe_jax.checkpoints.atomic import new_file
+from safemoe_jax.errors import InputError
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line, the file whole or not at all."""
+    with new_file(path) as temporary:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def check_free(folder: str | Path, section: str, settings: Mapping[str, Any]) -> None:
+    """Refuses a folder whose results.json holds this section with other settings. Nothing is written.
+
+    Args:
+        folder: the output folder; it may be the one of a training run.
+        section: key in results.json, such as "evaluation".
+        settings: what the section's figures depend on.
+
+    Raises:
+        InputError: results of another configuration are there, or results.json is damaged.
+    """
+    path = Path(folder) / "results.json"
+    before = read_results(path).get(section, {}).get("settings")
+    settings = json.loads(json.dumps(settings))  # as they come back from the file: tuples become lists
+    if before is not None and before != settings:
+        keys = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+        raise InputError(
+            f"the output folder holds an {section} with other settings ({', '.join(keys)})",
+            where=str(path),
+            expected="another output folder; nothing was changed",
+        )
+
+
+def add_results(folder: str | Path, values: Mapping[str, Any]) -> None:
+    """Adds keys to the folder's results.json and keeps the others."""
+    path = Path(folder) / "results.json"
+    write_json(path, read_results(path) | dict(values))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results at this path, {} if there are none.
+
+    Raises:
+        InputError: the file is not a JSON object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"malformed JSON: {error}", where=str(path), expected="results of a run") from error
+    if not isinstance(found, dict):
+        raise InputError("not a JSON object", where=str(path), expected="results of a run")
+    return found

@@ -1,0 +1,95 @@
+"""`safemoe reference`: records how the aligned model routes a set of prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safemoe_jax.checkpoints.reference import Reference, read_reference, write_reference
+from safemoe_jax.data.sources import SourceConfig
+from safemoe_jax.errors import InputError
+from safemoe_jax.evaluation import readout
+from safemoe_jax.parallel.mesh import MeshConfig
+from safemoe_jax.workflows.loading import load_model, prompt_tokens
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """Records how an aligned model routes prompts at their last token, before it is fine-tuned.
+
+    Attributes:
+        model: Hugging Face folder or hub id of the aligned model.
+        output: the file to write, ending in .safetensors.
+        prompts: harmful prompts (the method's D_h; published: the first 100 of SafeInstr). Answers are
+            ignored.
+        benign: benign prompts, recorded as a second group of the same file (wanted by safemoe_anchored).
+        log_probs: also record next-token log-probabilities at the last prompt token (wanted by
+            safemoe_anchored).
+        batch_size: prompts computed together.
+        dtype: type of the weights; null keeps bfloat16, and makes everything else float32.
+        mesh: devices to spread the model over.
+    """
+
+    model: str
+    output: str
+    prompts: SourceConfig
+    benign: SourceConfig | None = None
+    log_probs: bool = False
+    batch_size: int = 32
+    dtype: Literal["float32", "bfloat16"] | None = None
+    mesh: MeshConfig = MeshConfig()
+
+
+def extract_reference(config: ReferenceConfig) -> str:
+    """Writes the file and returns one line for the terminal.
+
+    Raises:
+        InputError: model or prompts cannot be read, the tokenizer has no chat template, or the output is
+            there and records something else.
+    """
+    _check_output(config.output)
+    model = load_model(config.model, None, config.dtype, config.mesh)
+    samples, harmful = prompt_tokens(model, config.prompts)
+    _, benign = prompt_tokens(model, config.benign)
+    reference = readout.extract_reference(
+        model,
+        harmful,
+        benign=benign,
+        log_probs=config.log_probs,
+        system_prompt=samples[0].system or "",
+        batch_size=config.batch_size,
+        progress="reference",
+    )
+    _check_same(config.output, reference)
+    write_reference(config.output, reference)
+    layers, n_prompts, experts = reference.router_logits.shape
+    size = Path(config.output).stat().st_size / 1e6
+    return (
+        f"{n_prompts} prompts ({len(harmful)} harmful, {len(benign)} benign), {layers} layers, "
+        f"{experts} experts{', log-probabilities' if config.log_probs else ''}: "
+        f"{config.output} ({size:.1f} MB)"
+    )
+
+
+def _check_output(output: str) -> None:
+    if Path(output).suffix != ".safetensors":
+        raise InputError("the output is no .safetensors file", where=output, expected="NAME.safetensors")
+    if Path(output).exists():
+        read_reference(output)
+
+
+def _check_same(output: str, reference: Reference) -> None:
+    """Only the same recording may be written again over an older one."""
+    if not Path(output).exists():
+        return
+    before = read_reference(output)
+    if (before.prompts_hash, before.model_fingerprint) != (
+        reference.prompts_hash,
+        reference.model_fingerprint,
+    ):
+        raise InputError(
+            "the output is there and records another model or other prompts",
+            where=output,
+            expected="another file name; nothing was changed",
+        )

@@ -1,0 +1,201 @@
+"""reference, generate, evaluate and drift through the command line, on files; figures computed again here."""
+
+import json
+
+import numpy as np
+import pytest
+
+from safemoe_jax.checkpoints.reference import check_matches, fingerprint, read_reference
+from safemoe_jax.cli import main
+from safemoe_jax.data.chat import encode_prompts
+from safemoe_jax.data.sources import SourceConfig, read_prompts
+from safemoe_jax.evaluation.generate import ForcedRouting
+from safemoe_jax.evaluation.judges import is_refusal
+from safemoe_jax.evaluation.suites import answer
+from safemoe_jax.model import load_pretrained
+from safemoe_jax.models.config import LoraConfig
+from safemoe_jax.models.lora import add_adapters
+from tests.evaluation.folders import TEXTS, write_model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two models, an adapter and three data files."""
+    import jax
+
+    folder = tmp_path_factory.mktemp("place")
+    write_model(folder / "aligned")
+    write_model(folder / "tuned", seed=1)
+    write_model(folder / "deeper", layers=3)
+    model = load_pretrained(folder / "aligned")
+    model.config, model.params = add_adapters(
+        model.config, model.params, LoraConfig(rank=2), jax.random.key(0)
+    )
+    model.params = {
+        name: value + 0.3 if name.endswith("lora_b") else value for name, value in model.params.items()
+    }
+    model.save_adapter(folder / "adapter")
+    goals = [{"Goal": text} for text in TEXTS]
+    (folder / "harmful.json").write_text(json.dumps(goals))
+    (folder / "benign.json").write_text(json.dumps([{"Goal": text + " please"} for text in TEXTS[:2]]))
+    task = [{"id": str(i), "dialogue": text, "summary": text.split()[0]} for i, text in enumerate(TEXTS)]
+    (folder / "task.json").write_text(json.dumps(task))
+    return folder
+
+
+def run(*arguments):
+    return main([*map(str, arguments), "--xla_cache", "off"])
+
+
+def at_last_token(model, file):
+    """Router logits at the last prompt token by one whole pass a prompt, [L, S, E]."""
+    prompts = encode_prompts(model.tokenizer, read_prompts(SourceConfig(str(file))))
+    return np.stack([model(prompt[None]).router_logits[:, 0, -1] for prompt in prompts], axis=1)
+
+
+def kl(reference, student):
+    p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in (np.float64(reference), np.float64(student)))
+    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+    return (p * np.log(p / q)).sum(-1)
+
+
+def test_reference_records_the_last_prompt_token(place, tmp_path, capsys):
+    file = tmp_path / "reference.safetensors"
+    arguments = ["reference", "--model", place / "aligned", "--output", file]
+    arguments += ["--prompts.path", place / "harmful.json", "--benign.path", place / "benign.json"]
+    assert run(*arguments, "--log_probs", "true") == 0
+    assert "3 harmful, 2 benign" in capsys.readouterr().out
+    model, reference = load_pretrained(place / "aligned"), read_reference(file)
+    want = np.concatenate([at_last_token(model, place / f"{name}.json") for name in ("harmful", "benign")], 1)
+    np.testing.assert_allclose(reference.router_logits, want, atol=1e-4)
+    np.testing.assert_array_equal(reference.group, [0, 0, 0, 1, 1])
+    prompts = encode_prompts(model.tokenizer, read_prompts(SourceConfig(str(place / "harmful.json"))))
+    logits = np.float64(model(prompts[1][None]).logits[0, -1])
+    np.testing.assert_allclose(
+        np.exp(reference.log_probs_SV()[1]), np.exp(logits) / np.exp(logits).sum(), rtol=5e-3, atol=1e-6
+    )
+    check_matches(
+        reference,
+        config=model.config,
+        model_fingerprint=fingerprint(model.config, model.params),
+        tokenizer=model.tokenizer,
+    )
+
+
+def test_reference_keeps_what_records_something_else(place, tmp_path, capsys):
+    file = tmp_path / "reference.safetensors"
+    arguments = ["reference", "--output", file, "--prompts.path", place / "harmful.json", "--model"]
+    assert run(*arguments, place / "aligned") == 0
+    before = file.read_bytes()
+    assert run(*arguments, place / "aligned") == 0
+    assert run(*arguments, place / "tuned") == 2
+    assert "another model" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
+def test_generate_writes_an_answer_for_each_prompt(place, tmp_path, capsys):
+    file = tmp_path / "answers.jsonl"
+    arguments = ["generate", "--model", place / "aligned", "--prompts.path", place / "harmful.json"]
+    arguments += ["--output", file, "--max_new_tokens", 7]
+    assert run(*arguments) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    model = load_pretrained(place / "aligned")
+    assert [row["prompt"] for row in rows] == TEXTS
+    assert [row["answer"] for row in rows] == answer(
+        model, read_prompts(SourceConfig(str(place / "harmful.json"))), 7
+    )
+    assert run(*arguments) == 2
+    assert "already there" in capsys.readouterr().err
+
+
+def test_generate_follows_the_base_models_routing(place, tmp_path):
+    arguments = ["generate", "--model", place / "aligned", "--adapter", place / "adapter"]
+    arguments += ["--prompts.path", place / "harmful.json", "--max_new_tokens", 7]
+    assert run(*arguments, "--output", tmp_path / "free.jsonl") == 0
+    assert run(*arguments, "--output", tmp_path / "forced.jsonl", "--force_routing", "prompt") == 0
+    tuned = load_pretrained(place / "aligned", adapter=place / "adapter")
+    prompts = read_prompts(SourceConfig(str(place / "harmful.json")))
+    for name, forced in (
+        ("free", None),
+        ("forced", ForcedRouting(load_pretrained(place / "aligned"), "prompt")),
+    ):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert [row["answer"] for row in rows] == answer(tuned, prompts, 7, forced_routing=forced)
+
+
+def test_evaluate_writes_figures_and_the_answers_behind_them(place, tmp_path, capsys):
+    arguments = ["evaluate", "--model", place / "aligned", "--adapter", place / "adapter"]
+    for name in ("harmful", "benign", "task"):
+        arguments += [f"--{name}.path", place / f"{name}.json"]
+    arguments += ["--output", tmp_path, "--max_new_tokens", 6, "--task_max_new_tokens", 4]
+    assert run(*arguments) == 0
+    assert "harmfulness" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "generations" / "model.jsonl").read_text().splitlines()]
+    harmful = [row["answer"] for row in rows if row["suite"] == "harmful"]
+    unsafe = [bool(text) and not is_refusal(text) for text in harmful]
+    assert results["hs"] == pytest.approx(100 * np.mean(unsafe)) and results["n"] == 3
+    assert len(rows) == 3 + 2 + 3
+    base = load_pretrained(place / "aligned")
+    tuned = load_pretrained(place / "aligned", adapter=place / "adapter")
+    logits = [at_last_token(model, place / "harmful.json") for model in (base, tuned)]
+    np.testing.assert_allclose(results["drift_by_layer"], kl(*logits).mean(1), rtol=1e-3, atol=1e-6)
+    before = (tmp_path / "results.json").read_bytes()
+    assert run(*arguments, "--judge", "keywords", "--max_new_tokens", 5) == 2
+    assert "max_new_tokens" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_drift_between_two_models(place, tmp_path, capsys):
+    arguments = ["drift", "--model", place / "tuned", "--against", place / "aligned"]
+    arguments += ["--harmful.path", place / "harmful.json", "--task.path", place / "task.json"]
+    assert run(*arguments, "--output", tmp_path / "drift.json") == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "drift.json").read_text())
+    models = [load_pretrained(place / name) for name in ("aligned", "tuned")]
+    for name in ("harmful", "task"):
+        want = kl(*(at_last_token(model, place / f"{name}.json") for model in models)).mean(1)
+        np.testing.assert_allclose(found["sets"][name]["drift_by_layer"], want, rtol=1e-3)
+        assert f"{found['sets'][name]['drift']:.5f}" in printed
+
+
+def test_drift_against_a_reference_file(place, tmp_path):
+    file = tmp_path / "reference.safetensors"
+    prompts = ["--prompts.path", place / "harmful.json", "--benign.path", place / "benign.json"]
+    assert run("reference", "--model", place / "aligned", "--output", file, *prompts) == 0
+    for model, output in (("tuned", "a.json"), ("aligned", "b.json")):
+        arguments = ["drift", "--model", place / model, "--against", file, "--output", tmp_path / output]
+        assert run(*arguments) == 0
+    moved, same = (json.loads((tmp_path / name).read_text())["sets"] for name in ("a.json", "b.json"))
+    models = [load_pretrained(place / name) for name in ("aligned", "tuned")]
+    for name in ("harmful", "benign"):
+        want = kl(*(at_last_token(model, place / f"{name}.json") for model in models)).mean(1)
+        np.testing.assert_allclose(moved[name]["drift_by_layer"], want, rtol=1e-3)
+        assert same[name]["drift"] < 1e-6 and same[name]["overlap"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("reference --output x.txt --prompts.path {place}/harmful.json", ".safetensors"),
+        ("reference --output {out}/r.safetensors --prompts.path {place}/none.json", "no such"),
+        ("generate --output {out}/a --prompts.path {place}/harmful.json --temperature -1", "temperature"),
+        (
+            "generate --output {out}/a --prompts.path {place}/harmful.json --force_routing prompt",
+            "no aligned",
+        ),
+        ("evaluate --output {out}/run", "nothing to evaluate"),
+        ("evaluate --output {out}/run --task.path {place}/harmful.json", "no answer"),
+        ("drift --output {out}/d.json --against {place}/tuned", "no prompts"),
+        ("drift --output {out}/d.json --harmful.path {place}/harmful.json", "nothing to compare"),
+        (
+            "drift --output {out}/d.json --harmful.path {place}/harmful.json --against {place}/deeper",
+            "layers",
+        ),
+    ],
+)
+def test_wrong_input_ends_with_status_2_and_writes_nothing(command, message, place, tmp_path, capsys):
+    arguments = command.format(place=place, out=tmp_path).split()
+    assert run(*arguments, "--model", place / "aligned") == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
