@@ -210,7 +210,7 @@ def _load_one(
     target = _target_dtype(entries[places[0].name].dtype, dtype)
     if sharding is None:
         whole = _read_slice(reader, entries, places, [slice(0, n) for n in spec.shape], target)
-        return jax.block_until_ready(jnp.array(whole, copy=True))
+        return jax.block_until_ready(jax.device_put(whole))
     read: dict[tuple, np.ndarray] = {}
 
     def fetch(index: tuple[slice, ...]) -> np.ndarray:
@@ -377,12 +377,13 @@ def _disk_arrays(plan: Mapping[str, Sequence[Piece]], params: Params) -> Iterato
         for piece in places:
             if layer != piece.at[:1] or host is None:
                 layer = piece.at[:1]
-                host = _to_host(params[name][layer] if layer else params[name])
+                host = to_host(params[name][layer] if layer else params[name])
             array = host[piece.at[1:]]
             yield np.swapaxes(array, -1, -2) if piece.source.transpose else array
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array) -> np.ndarray:
+    """An array on this host, gathered where other processes hold parts of it (then all of them must call)."""
     if array.is_fully_addressable:
         return np.asarray(array)
     from jax.experimental import multihost_utils

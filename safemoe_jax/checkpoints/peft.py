@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from safemoe_jax.checkpoints.atomic import new_folder
-from safemoe_jax.checkpoints.huggingface import read_json
+from safemoe_jax.checkpoints.huggingface import read_json, to_host
 from safemoe_jax.checkpoints.safetensors_files import list_tensors, read_arrays, write_arrays
 from safemoe_jax.errors import InputError
 from safemoe_jax.families import family_of
@@ -77,7 +77,7 @@ def save_adapter(folder: str | Path, config: ModelConfig, params: Params, base_m
     if config.lora is None:
         raise InputError("the model has no adapter", where=str(folder), expected="a model trained with LoRA")
     arrays = {
-        factor.disk: _to_peft(np.asarray(params[factor.parameter][factor.at], np.float32), factor)
+        factor.disk: _to_peft(to_host(params[factor.parameter][factor.at]).astype(np.float32), factor)
         for factor in _factors(config)
     }
     if jax.process_index() != 0:

@@ -6,6 +6,8 @@ import json
 import resource
 import shutil
 import struct
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -332,6 +334,16 @@ def test_large_tensors_are_read_in_blocks(mha, monkeypatch):
     monkeypatch.setattr("safemoe_jax.checkpoints.safetensors_files._MAPPED_BYTES", 1000)
     for name, value in load_params(mha, config).items():
         np.testing.assert_array_equal(value, whole[name])
+
+
+def test_loading_imports_no_torch_and_no_hub_client(mha, repository):
+    program = (
+        "import sys; from safemoe_jax.model import load_pretrained; load_pretrained(sys.argv[1]);"
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    arguments = [sys.executable, "-c", program, str(mha)]
+    run = subprocess.run(arguments, cwd=repository, capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "[]", run.stderr
 
 
 def test_headers_alone_list_a_checkpoint(references):
