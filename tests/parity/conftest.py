@@ -1,4 +1,4 @@
-"""Parity tests need torch; without it they are not collected at all (`make test`), so none of them is skipped."""
+"""Parity tests need torch; where it is not installed they are not collected (`make test` needs none)."""
 
 from importlib.util import find_spec
 
