@@ -180,7 +180,7 @@ def resolve(
             raise InputError(
                 f"tensor '{name}' maps to no parameter of model_type {config.family}",
                 where=where,
-                expected="only what config.json declares (check num_hidden_layers, num_experts, attention_bias)",
+                expected="what config.json declares (check num_hidden_layers, num_experts, attention_bias)",
             )
     return plan
 
