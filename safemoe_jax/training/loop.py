@@ -37,7 +37,7 @@ from safemoe_jax.training.step import (
     TaskStep,
     all_finite,
     batch_shardings,
-    compiled,
+    compile_all,
     place_batch,
 )
 
@@ -173,23 +173,20 @@ def prepare(plan: Plan, state: TrainState) -> Programs:
         defence.gradient.edit if defence.gradient else None,
     )
     example = plan.pipeline.batch(0)
-    task_programs = {
-        tuple(shape): compiled(task, plan.weights.frozen, state, _resized(example, *shape), constants)
-        for shape in plan.pipeline.shapes
-    }
+    frozen, hook = plan.weights.frozen, defence.interleave
+    shapes = [tuple(shape) for shape in plan.pipeline.shapes]
+    wanted = [(task, _resized(example, *shape), constants) for shape in shapes]
+    if hook is not None:
+        step = PassStep(plan.model_config, plan.compute, plan.mesh, hook.loss)
+        pass_constants = jax.device_put(hook.constants, whole)
+        wanted += [(step, batch, pass_constants) for batch in hook.batches]
+    programs = compile_all(wanted, frozen, state)
     all_finite(state.trainable)
-    hook = defence.interleave
+    task_programs = dict(zip(shapes, programs, strict=False))
     if hook is None:
         return Programs(task_programs, constants, [], None)
-    step = PassStep(plan.model_config, plan.compute, plan.mesh, hook.loss)
-    pass_constants = jax.device_put(hook.constants, whole)
-    passes = [
-        (
-            compiled(step, plan.weights.frozen, state, batch, pass_constants),
-            jax.device_put(batch, batch_shardings(batch, plan.mesh)),
-        )
-        for batch in hook.batches
-    ]
+    batches = [jax.device_put(batch, batch_shardings(batch, plan.mesh)) for batch in hook.batches]
+    passes = list(zip(programs[len(shapes) :], batches, strict=True))
     return Programs(task_programs, constants, passes, pass_constants)
 
 

@@ -72,7 +72,7 @@ def update(
     Returns:
         New parameters, new moments, and the gradient's norm before clipping.
     """
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     # torch.nn.utils.clip_grad_norm_ adds the same 1e-6.
     scale = jnp.minimum(1.0, scalars.clip_norm / (norm + 1e-6))
     clipped = jax.tree.map(lambda g: g * scale, gradient)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -227,19 +229,38 @@ def _parts(batch: Batch, parts: int) -> Batch:
     return divided
 
 
-def compiled(
-    step: Step, frozen: Params, state: TrainState, batch: Batch, constants: Constants
-) -> jax.stages.Compiled:
-    """The step compiled for these shapes; (frozen, state, batch, Hyper, constants) -> (state, metrics).
+def compile_all(
+    wanted: Sequence[tuple[Step, Batch, Constants]], frozen: Params, state: TrainState
+) -> list[jax.stages.Compiled]:
+    """The steps compiled for these shapes; (frozen, state, batch, Hyper, constants) -> (state, metrics).
 
-    The state is donated: the arrays handed in are gone afterwards. Arrays may be given as shapes only.
+    The state is donated: the arrays handed in are gone afterwards. Arrays may be given as shapes only. What
+    this process has compiled before, for equal steps and shapes, is taken again.
     """
-    leaves, structure = jax.tree.flatten((frozen, state, batch, constants))
-    return _compiled(step, structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves))
+    described = [_described(step, (frozen, state, batch, constants)) for step, batch, constants in wanted]
+    # Equal programs are asked for once: two threads would both compile them.
+    missing = list(dict.fromkeys(key for key in described if key not in _PROGRAMS))
+    # Processes of one run compile in the same order: some compilers wait for each other.
+    workers = os.cpu_count() if jax.process_count() == 1 else 1
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        _PROGRAMS.update(zip(missing, pool.map(lambda key: _compile(*key), missing), strict=True))
+    return [_PROGRAMS[key] for key in described]
 
 
-@functools.lru_cache(maxsize=256)
-def _compiled(step: Step, structure: Any, leaves: tuple) -> jax.stages.Compiled:
+_PROGRAMS: dict[Any, jax.stages.Compiled] = {}
+
+
+def n_compiled() -> int:
+    """Steps compiled so far in this process."""
+    return len(_PROGRAMS)
+
+
+def _described(step: Step, arguments: Any) -> tuple[Step, Any, tuple]:
+    leaves, structure = jax.tree.flatten(arguments)
+    return step, structure, tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves)
+
+
+def _compile(step: Step, structure: Any, leaves: tuple) -> jax.stages.Compiled:
     arguments = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     frozen, state, batch, constants = arguments
     whole = replicated(step.mesh)
@@ -264,11 +285,6 @@ def _compiled(step: Step, structure: Any, leaves: tuple) -> jax.stages.Compiled:
 def all_finite(params: Params) -> jax.Array:
     """Whether every number is finite, a bool scalar."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(value)) for value in jax.tree.leaves(params)]))
-
-
-def n_compiled() -> int:
-    """Steps compiled so far in this process."""
-    return _compiled.cache_info().misses
 
 
 def batch_shardings(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:

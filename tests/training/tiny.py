@@ -27,7 +27,10 @@ from safemoe_jax.models.transformer import declare, forward
 from safemoe_jax.training.config import DefenceConfig, OptimizerConfig, TrainConfig
 from tests.tiny_tokenizer import train_tokenizer
 
-WORDS = "alder birch cedar elm fir hazel juniper larch maple oak pine rowan spruce willow yew".split()
+WORDS = [
+    "alder", "birch", "cedar", "elm", "fir", "hazel", "juniper", "larch",
+    "maple", "oak", "pine", "rowan", "spruce", "willow", "yew",
+]  # fmt: skip
 N_HARMFUL, N_BENIGN = 10, 6
 
 
@@ -78,15 +81,18 @@ def make_world(folder: Path, *, n_samples: int = 18, n_heads: int = 2, vocab_siz
 
 
 def make_reference(model: Path, config: ModelConfig, params: dict[str, jax.Array]) -> Reference:
-    """Harmful and benign prompts in one file, one plain forward pass a prompt."""
+    """Harmful and benign prompts in one file, from one plain padded forward pass."""
     tokenizer = load_tokenizer(str(model))
     texts = [f"Say {WORDS[i]} and {WORDS[-1 - i]}" for i in range(N_HARMFUL)]
     texts += [f"Describe the {WORDS[i]} tree" for i in range(N_BENIGN)]
     prompts = encode_prompts(tokenizer, [Sample(user=text) for text in texts])
-    outputs = [forward(config, Weights.of(params), prompt[None]) for prompt in prompts]
-    log_probs = np.stack([np.asarray(jax.nn.log_softmax(out.logits[0, -1])) for out in outputs])
+    tokens, mask = padded(prompts)
+    run = jax.jit(forward, static_argnums=0)
+    out = run(config, Weights.of(params), tokens, attention_mask=mask)
+    rows, last = np.arange(len(prompts)), mask.sum(axis=1) - 1
+    log_probs = np.asarray(jax.nn.log_softmax(out.logits[rows, last]))
     return Reference(
-        router_logits=np.stack([np.asarray(out.router_logits[:, 0, -1]) for out in outputs], axis=1),
+        router_logits=np.asarray(out.router_logits)[:, rows, last],
         prompts=tuple(prompts),
         model_fingerprint=fingerprint(config, params),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -94,6 +100,15 @@ def make_reference(model: Path, config: ModelConfig, params: dict[str, jax.Array
         log_probs=CompactLogProbs.encode(log_probs),
         model=str(model),
     )
+
+
+def padded(sequences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded tokens and their mask, int32 [B, T] both."""
+    length = max(map(len, sequences))
+    tokens, mask = np.zeros((2, len(sequences), length), np.int32)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
+    return tokens, mask
 
 
 def _row(rng: np.random.Generator, number: int) -> dict[str, str]:
