@@ -61,7 +61,7 @@ class World:
 
 
 def make_world(folder: Path, *, n_samples: int = 18, n_heads: int = 2, vocab_size: int = 320) -> World:
-    """Writes everything into a folder."""
+    """Writes everything into a folder, or describes what an earlier call wrote there."""
     rng = np.random.default_rng(0)
     rows = [_row(rng, number) for number in range(n_samples)]
     data = folder / "data.jsonl"
@@ -73,10 +73,12 @@ def make_world(folder: Path, *, n_samples: int = 18, n_heads: int = 2, vocab_siz
         initializer_range=0.3,
     )  # fmt: skip
     params = initialise(declare(config), jax.random.key(1), stddev=config.initializer_range)
-    save_folder(model, config, params)
-    train_tokenizer([row["instruction"] + " " + row["output"] for row in rows], model, vocab_size=vocab_size)
     reference = folder / "reference.safetensors"
-    write_reference(reference, make_reference(model, config, params))
+    if not reference.exists():
+        save_folder(model, config, params)
+        texts = [row["instruction"] + " " + row["output"] for row in rows]
+        train_tokenizer(texts, model, vocab_size=vocab_size)
+        write_reference(reference, make_reference(model, config, params))
     return World(folder, model, data, reference, config, params)
 
 

@@ -1,0 +1,52 @@
+"""Runs in processes of their own: one that is killed, one that sees eight devices.
+
+python -m tests.training.children killed FOLDER
+python -m tests.training.children mesh FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from safemoe_jax.parallel.mesh import MeshConfig
+from safemoe_jax.training.config import TrainConfig
+from safemoe_jax.workflows.train import finetune
+from tests.training.tiny import World, make_world
+
+
+def long_run(world: World, output: str, **changes) -> TrainConfig:
+    """22 task steps with a routing pass after every third: two kinds of step, several epochs."""
+    return world.train_config(output, epochs=5.0, defence=world.defence("safemoe", t_reg=3), **changes)
+
+
+def killed(folder: Path) -> None:
+    """A run that writes a checkpoint after every step, so that it is writing at nearly every moment."""
+    finetune(long_run(make_world(folder), "killed", checkpoint_every=1))
+
+
+def mesh(folder: Path) -> None:
+    """The same runs on one device and on data 2 x fsdp 2 x tensor 2; losses to losses.json."""
+    world = make_world(folder)
+    losses = {}
+    for defence in ("safemoe", "safemoe_anchored"):
+        for name, sizes in (("one", MeshConfig()), ("eight", MeshConfig(data=2, fsdp=2, tensor=2))):
+            config = world.train_config(
+                f"{defence}-{name}",
+                epochs=1.0,
+                batch_size=6,
+                mesh=sizes,
+                defence=world.defence(defence, t_reg=2),
+            )
+            result = finetune(config)
+            rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+            losses[f"{defence}-{name}"] = [[row["loss"], row["routing_penalty"]] if "routing_penalty" in row
+                                           else [row["loss"]] for row in rows]  # fmt: skip
+            kernel = next(v for k, v in result.model.params.items() if k.endswith("q_proj.kernel"))
+            losses[f"{defence}-{name}-shards"] = len({str(s.index) for s in kernel.addressable_shards})
+    (folder / "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    {"killed": killed, "mesh": mesh}[sys.argv[1]](Path(sys.argv[2]))
