@@ -32,7 +32,7 @@ def condition_rows(conditions: Sequence[Condition]) -> list[tuple[str, ...]]:
 
 
 def suite_drift(conditions: Sequence[Condition]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the drift on each kind of prompt; no rows where fewer than two kinds were measured."""
+    """Header and rows of the drift on each kind of prompt; none for a single kind."""
     suites = list(dict.fromkeys(suite for c in conditions for suite in c.drift_by_suite))
     if len(suites) < 2:
         return (), []
