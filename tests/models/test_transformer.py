@@ -25,6 +25,7 @@ from safemoe_jax.models import (
     routing_pass,
     split_trainable,
 )
+from safemoe_jax.models.attention import attend
 from safemoe_jax.models.lora import add_adapters, merge_adapters
 
 CONFIG = ModelConfig(
@@ -216,3 +217,28 @@ def test_gradients_do_not_depend_on_rematerialisation_or_on_the_split(params, re
     for name, value in lora.items():
         np.testing.assert_allclose(value, full[name], atol=1e-6)
     assert any(jnp.abs(value).max() > 1e-4 for value in lora.values())
+
+
+@pytest.mark.parametrize("length", [127, 300, 1100])
+def test_attention_in_blocks_is_softmax_attention(length):
+    """Values and gradients against the textbook formula, packed rows and grouped heads."""
+    keys = jax.random.split(jax.random.key(5), 3)
+    q = jax.random.normal(keys[0], (2, length, 4, 8))
+    k, v = (jax.random.normal(key, (2, length, 2, 8)) for key in keys[1:])
+    columns, segments = jnp.arange(length), jnp.arange(length) // 90
+    mask = (columns[:, None] >= columns) & (segments[:, None] == segments)
+    mask = jnp.broadcast_to(mask, (2, length, length))
+
+    def textbook(q, k, v):
+        k, v = jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)
+        scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(8)
+        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+    def sum_of_squares(function):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.square(function(*a)).sum(), argnums=(0, 1, 2)))
+
+    ours, expected = sum_of_squares(lambda q, k, v: attend(q, k, v, mask)), sum_of_squares(textbook)
+    np.testing.assert_allclose(attend(q, k, v, mask), textbook(q, k, v), atol=1e-5)
+    for got, wanted in zip(ours(q, k, v)[1], expected(q, k, v)[1], strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
