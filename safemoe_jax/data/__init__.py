@@ -9,8 +9,9 @@ from safemoe_jax.data.chat import (
     encode_samples,
 )
 from safemoe_jax.data.mixture import mix
-from safemoe_jax.data.packing import Batch, Shape, pack_prompts, prompt_batches
+from safemoe_jax.data.packing import Batch, pack_prompts, process_rows, prompt_batches
 from safemoe_jax.data.pipeline import TrainPipeline
+from safemoe_jax.data.shapes import Shape
 from safemoe_jax.data.sources import FORMATS, Sample, SourceConfig, read_prompts, read_source
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "encode_samples",
     "mix",
     "pack_prompts",
+    "process_rows",
     "prompt_batches",
     "read_prompts",
     "read_source",

@@ -4,7 +4,7 @@ Built on grain: sample numbers -> shuffle (another order each epoch) -> repeat -
     packing
 everything is random access, so the state of the stream is one number, the step, and a run can resume at any
 step.
-The order of all steps is read once at the start; from it come the shapes (`data/packing.py`).
+The order of all steps is read once at the start; from it come the shapes (`data/shapes.py`).
 """
 
 from __future__ import annotations
@@ -21,18 +21,15 @@ import numpy as np
 from grain.experimental import set_next_index
 
 from safemoe_jax.data.chat import Encoded
-from safemoe_jax.data.packing import (
-    Batch,
-    Item,
+from safemoe_jax.data.packing import Batch, Item, item_of, pack, prompt_item, prompt_places
+from safemoe_jax.data.shapes import (
+    Capacity,
+    Lengths,
     Shape,
-    choose_row_length,
+    choose_capacity,
     first_fit_decreasing,
     fitting_shape,
-    item_of,
-    pack,
     plan_shapes,
-    prompt_item,
-    prompt_places,
     row_length_candidates,
     rows_and_targets,
 )
@@ -55,7 +52,7 @@ class TrainPipeline:
         prompt_order: which prompts each step holds.
         batch_size: samples an optimizer step.
         seed: of the order.
-        row_length: T.
+        capacity: what a row has room for: its length T, and a number of targets.
         shapes: the planned (N, T, M), at most four.
         needs: (rows, largest number of targets in a row) of each step.
         truncated, untrained_turns: counts over the samples given.
@@ -69,7 +66,7 @@ class TrainPipeline:
     prompt_order: list[list[int]]
     batch_size: int
     seed: int
-    row_length: int
+    capacity: Capacity
     shapes: tuple[Shape, ...]
     needs: list[tuple[int, int]]
     truncated: int
@@ -100,7 +97,7 @@ class TrainPipeline:
             max_length: upper bound of the chosen row length; the samples were cut to it by `encode_samples`.
             row_multiple: rows of every batch are a multiple of this (data x fsdp x accumulation).
             total_steps: number of steps instead of `epochs`.
-            row_length: T; None for the one at which the run costs least, see `packing.choose_row_length`.
+            row_length: T; None for the one at which the run costs least, see `shapes.choose_capacity`.
             prompts: prompts for a loss term, int32 [n] each; they are packed into the task batches.
             prompts_for_step: which prompts a step holds; None for all of them in every step.
 
@@ -116,14 +113,14 @@ class TrainPipeline:
         prompt_order = [list(ride(step)) if prompts else [] for step in range(steps)]
 
         sizes = _Sizes(items, order, prompts, prompt_order)
-        length = _row_length(sizes, row_multiple, row_length, max_length)
-        needs = [rows_and_targets(*sizes.of(step), length) for step in range(steps)]
+        capacity = _capacity(sizes, row_multiple, row_length, max_length)
+        needs = [rows_and_targets(sizes.of(step), capacity) for step in range(steps)]
         first_epoch = max(1, len(items) // batch_size)
         return TrainPipeline(
             items=items, item_ids=np.asarray(kept, np.int32), order=order,
             prompts=prompts, prompt_order=prompt_order,
-            batch_size=batch_size, seed=seed, row_length=length, needs=needs,
-            shapes=plan_shapes(needs, length, row_multiple, first_steps=first_epoch),
+            batch_size=batch_size, seed=seed, capacity=capacity, needs=needs,
+            shapes=plan_shapes(needs, capacity.tokens, row_multiple, first_steps=first_epoch),
             truncated=sum(encoded.truncated for encoded in encoded_samples),
             untrained_turns=sum(encoded.untrained_turns for encoded in encoded_samples),
             dropped=len(encoded_samples) - len(items),
@@ -147,7 +144,8 @@ class TrainPipeline:
         """The batch of a step: `packing.pack`, and with prompts `packing.prompt_places`."""
         chosen = self.prompt_order[step]
         items = [self.items[i] for i in self.order[step]] + [prompt_item(self.prompts[i]) for i in chosen]
-        rows = first_fit_decreasing([len(item.tokens) for item in items], self.row_length)
+        lengths, targets = [len(item.tokens) for item in items], [len(item.target_columns) for item in items]
+        rows = first_fit_decreasing(lengths, targets, self.capacity)
         batch, starts = pack(items, rows, fitting_shape(self.shapes, *self.needs[step]))
         if not self.prompts:
             return batch
@@ -222,7 +220,7 @@ class _Sizes:
         riding = [len(self.prompts[i]) for i in {i for step in self.prompt_order for i in step}]
         return max([int(self.lengths.max()), *riding])
 
-    def of(self, step: int) -> tuple[list[int], list[int]]:
+    def of(self, step: int) -> Lengths:
         chosen = self.order[step]
         riding = [len(self.prompts[i]) for i in self.prompt_order[step]]
         return self.lengths[chosen].tolist() + riding, self.targets[chosen].tolist() + [0] * len(riding)
@@ -257,16 +255,14 @@ def _order(items: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
     return numbers.reshape(steps, batch_size)
 
 
-def _row_length(sizes: _Sizes, row_multiple: int, row_length: int | None, max_length: int | None) -> int:
-    if row_length is not None:
-        if row_length < sizes.longest:
-            raise InputError(
-                f"a row of {row_length} tokens cannot hold a sample of {sizes.longest}",
-                where="row_length",
-                expected=f"{sizes.longest} or more",
-            )
-        return row_length
+def _capacity(sizes: _Sizes, row_multiple: int, row_length: int | None, max_length: int | None) -> Capacity:
+    if row_length is not None and row_length < sizes.longest:
+        raise InputError(
+            f"a row of {row_length} tokens cannot hold a sample of {sizes.longest}",
+            where="row_length",
+            expected=f"{sizes.longest} or more",
+        )
+    candidates = row_length_candidates(sizes.longest, max_length) if row_length is None else [row_length]
     total = len(sizes.order)
     probed = np.unique(np.linspace(0, total - 1, min(total, _PROBED_STEPS)).astype(int))
-    steps = [sizes.of(step) for step in probed]
-    return choose_row_length(steps, row_multiple, row_length_candidates(sizes.longest, max_length))
+    return choose_capacity([sizes.of(step) for step in probed], row_multiple, candidates)

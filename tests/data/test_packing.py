@@ -1,16 +1,15 @@
-"""Packing, checked by taking the rows apart again and by searching all alternatives where there are few."""
+"""Packing, checked by taking the rows apart again."""
 
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 import pytest
 
 from safemoe_jax.data import packing
 from safemoe_jax.data.chat import Encoded
-from safemoe_jax.data.packing import Shape
+from safemoe_jax.data.shapes import Capacity, Shape, first_fit_decreasing
 
 
 def random_samples(count: int, longest: int, seed: int = 0) -> list[Encoded]:
@@ -51,51 +50,13 @@ def learned_pairs(batch: packing.Batch) -> list[tuple[int, int]]:
     return pairs
 
 
-@pytest.mark.parametrize(
-    ("lengths", "capacity", "rows"),
-    [
-        ([4, 8, 1, 4, 2, 1], 10, [[1, 4], [0, 3, 2, 5]]),
-        ([5, 5, 5], 10, [[0, 1], [2]]),
-        ([3], 3, [[0]]),
-    ],
-)
-def test_first_fit_decreasing_by_hand(lengths: list[int], capacity: int, rows: list[list[int]]) -> None:
-    assert packing.first_fit_decreasing(lengths, capacity) == rows
-
-
-def test_first_fit_decreasing_bounds() -> None:
-    generator = np.random.default_rng(0)
-    for _ in range(100):
-        lengths = generator.integers(1, 101, 40).tolist()
-        rows = packing.first_fit_decreasing(lengths, 100)
-        assert sorted(itertools.chain(*rows)) == list(range(40))
-        assert max(sum(lengths[i] for i in row) for row in rows) <= 100
-        assert len(rows) <= 11 / 9 * _optimal_upper_bound(lengths, 100) + 1
-
-
-def _optimal_upper_bound(lengths: list[int], capacity: int) -> int:
-    """A number of rows that suffices: the best of many random orders, each into the tightest row."""
-    generator = np.random.default_rng(1)
-    best = len(lengths)
-    for _ in range(20):
-        room: list[int] = []
-        for length in generator.permutation(lengths):
-            fitting = [i for i, free in enumerate(room) if free >= length]
-            if fitting:
-                tightest = min(fitting, key=lambda i: room[i])
-                room[tightest] -= length
-            else:
-                room.append(capacity - length)
-        best = min(best, len(room))
-    return best
-
-
 @pytest.mark.parametrize("shape_margin", [(0, 0), (3, 5)])
 def test_packed_rows_give_the_samples_back(shape_margin: tuple[int, int]) -> None:
     samples = random_samples(30, 40)
     items = [packing.item_of(sample) for sample in samples]
-    rows = packing.first_fit_decreasing([len(item.tokens) for item in items], 64)
-    targets = max(sum(len(items[i].target_columns) for i in row) for row in rows)
+    counts = [len(item.target_columns) for item in items]
+    rows = first_fit_decreasing([len(item.tokens) for item in items], counts, Capacity(64, 40))
+    targets = max(sum(counts[i] for i in row) for row in rows)
     shape = Shape(len(rows) + shape_margin[0], 64, targets + shape_margin[1])
     batch, starts = packing.pack(items, rows, shape)
     assert batch["tokens"].shape == shape[:2] and batch["targets"].shape == (shape.rows, shape.targets)
@@ -118,50 +79,6 @@ def test_packed_rows_give_the_samples_back(shape_margin: tuple[int, int]) -> Non
 def test_a_first_token_is_never_a_target() -> None:
     item = packing.item_of(Encoded(np.array([5, 6, 7], np.int32), np.array([True, True, False])))
     assert item.target_columns.tolist() == [0]
-
-
-def test_planned_shapes_are_the_cheapest_of_all_groupings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_COMPILATION_TOKENS", 1000)
-    generator = np.random.default_rng(0)
-    for _ in range(30):
-        needs = [(int(rows), int(generator.integers(1, 60))) for rows in generator.integers(3, 10, 25)]
-        shapes = packing.plan_shapes(needs, 64, 2, first_steps=8, max_shapes=3)
-        assert _cost(needs, shapes) == pytest.approx(_cheapest(needs, first_steps=8))
-        assert all(packing.fitting_shape(shapes, *need) for need in needs)
-        assert {packing.fitting_shape(shapes, *need) for need in needs[:8]} == set(shapes)
-        assert all(shape.rows % 2 == 0 and shape.targets % 8 == 0 for shape in shapes)
-
-
-def _cost(needs: list[tuple[int, int]], shapes: tuple[Shape, ...]) -> float:
-    return sum(packing.step_cost(packing.fitting_shape(shapes, *need)) for need in needs) + 1000 * len(shapes)
-
-
-def _cheapest(needs: list[tuple[int, int]], first_steps: int) -> float:
-    """Tries every choice of up to three row counts out of those that occur."""
-    row_counts = sorted({2 * math.ceil(rows / 2) for rows, _ in needs})
-    best = math.inf
-    for count in (1, 2, 3):
-        for tops in itertools.combinations(row_counts, count):
-            if tops[-1] != row_counts[-1]:
-                continue
-            shapes = tuple(
-                Shape(top, 64, 8 * math.ceil(max(t for r, t in needs if r <= top) / 8)) for top in tops
-            )
-            used = {packing.fitting_shape(shapes, *need) for need in needs[:first_steps]}
-            if used == set(shapes):
-                best = min(best, _cost(needs, shapes))
-    return best
-
-
-def test_row_length_weighs_waste_against_attention() -> None:
-    candidates = packing.row_length_candidates(35)
-    assert candidates == [64, 128, 192, 256]
-    # 35 samples of 35 tokens: rows of 64 hold one each, five rows of 256 hold seven each.
-    assert packing.choose_row_length([([35] * 35, [4] * 35)], 1, candidates) == 256
-    # Rows of 512 that are full already: nothing is to be gained by longer ones.
-    assert packing.choose_row_length([([512] * 8, [4] * 8)], 1, packing.row_length_candidates(512)) == 512
-    assert packing.row_length_candidates(500, limit=512) == [512]
-    assert packing.row_length_candidates(500, limit=500) == [500]
 
 
 def test_prompts_alone() -> None:

@@ -58,7 +58,7 @@ def test_each_batch_holds_exactly_its_samples_in_a_planned_shape(changes: dict[s
     assert len(seen) == pipeline.total_steps
     assert set(seen) == set(pipeline.shapes) == set(seen[: pipeline.steps_per_epoch])
     if "row_length" in changes or "max_length" in changes:
-        assert pipeline.row_length <= 100
+        assert pipeline.capacity.tokens <= 100
 
 
 def test_several_shapes_when_they_pay() -> None:
