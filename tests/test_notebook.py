@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, as it is, within a minute of two cores, and its last cell's claim holds."""
+"""The notebook runs from top to bottom within a minute of two cores, and its last cell's claim holds."""
 
 from __future__ import annotations
 

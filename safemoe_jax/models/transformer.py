@@ -30,8 +30,7 @@ class Output(NamedTuple):
     """What a forward pass returns.
 
     logits: float32 [B, T, V], or None where not asked for.
-    router_logits: float32 [L, B, T, E], raw (before softmax), one entry a MoE layer
-        (`ModelConfig.moe_layers`).
+    router_logits: float32 [L, B, T, E], before the softmax, one entry a MoE layer (`moe_layers`).
     hidden: [B, T, D] after the final norm.
     """
 
@@ -51,7 +50,7 @@ class RoutingOverride(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of every segment, each [R, B, S, G, H]."""
+    """Keys and values of every segment, each [R, B, G, S, H]."""
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
@@ -364,7 +363,7 @@ def _run_segment(
         layer_cache = None if stacks is None else LayerCache(*stacks, index, row.slot)
         x_BTD, layer_cache = layer.attend(x_BTD, row, layer_cache)
         x_BTD, logits_BTE = layer.experts(x_BTD, row, forced_BTE, first_group, compute)
-        stacks = None if layer_cache is None else (layer_cache.keys_RBSGH, layer_cache.values_RBSGH)
+        stacks = None if layer_cache is None else (layer_cache.keys_RBGSH, layer_cache.values_RBGSH)
         return (constrain(x_BTD, compute.mesh, ACTIVATION_AXES), stacks), logits_BTE
 
     per_layer = (jnp.arange(stop, dtype=jnp.int32), trainable, forced_RBTE)
@@ -437,7 +436,7 @@ def _layers_of(override: RoutingOverride | None, config: ModelConfig, s: int) ->
 
 def _empty_cache(config: ModelConfig, batch: int, length: int, compute: Compute) -> Cache:
     def zeros() -> tuple[jax.Array, ...]:
-        shape = (batch, length, config.n_kv_heads, config.head_dim)
+        shape = (batch, config.n_kv_heads, length, config.head_dim)
         return tuple(jnp.zeros((segment.repeats, *shape), compute.jnp_dtype) for segment in config.segments)
 
     return Cache(zeros(), zeros())
