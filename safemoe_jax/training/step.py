@@ -61,6 +61,8 @@ class TaskStep:
         gradient_edit: the gradient hook's function, or None.
     """
 
+    __name__ = "task_step"  # what profiles and compiler logs call it
+
     config: ModelConfig
     compute: Compute
     mesh: Mesh
@@ -133,6 +135,8 @@ class PassStep:
         config, compute, mesh: as in `TaskStep`.
         loss: the interleave hook's function.
     """
+
+    __name__ = "routing_step"
 
     config: ModelConfig
     compute: Compute
