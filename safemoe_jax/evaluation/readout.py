@@ -104,7 +104,8 @@ def compare_routing(student_LSE: np.ndarray, reference_LSE: np.ndarray, *, top_k
     Raises:
         InputError: the two have different layers, prompts or experts.
     """
-    by_layer_L = np.asarray(drift(student_LSE, reference_LSE), np.float64)
+    # A divergence that is zero may come out as -1e-9 in float32.
+    by_layer_L = np.maximum(np.asarray(drift(student_LSE, reference_LSE), np.float64), 0)
     overlap_L = np.asarray(top_k_overlap(student_LSE, reference_LSE, top_k=top_k), np.float64)
     per_prompt_S = np.asarray(token_divergence(student_LSE, reference_LSE), np.float64).mean(axis=0)
     n = len(per_prompt_S)

@@ -22,12 +22,13 @@ _LEAST_BLOCK, _MOST_BLOCKS = 128, 8
 class LayerCache(NamedTuple):
     """The stacked keys and values of a segment, and where this layer writes.
 
-    keys_RBSGH, values_RBSGH: the whole stack, updated in place by the scan that carries it.
+    keys_RBGSH, values_RBGSH: the whole stack, updated in place by the scan that carries it. Heads come before
+    slots, so that a decoding step reads it as it lies (slots first cost twice the step's attention on a CPU).
     index: this layer's place in the stack. slot: the first key slot to write.
     """
 
-    keys_RBSGH: jax.Array
-    values_RBSGH: jax.Array
+    keys_RBGSH: jax.Array
+    values_RBGSH: jax.Array
     index: jax.Array
     slot: jax.Array
 
@@ -70,9 +71,11 @@ class Attention(nnx.Module):
         q_BTNH, k_BTGH = rotate(q_BTNH, rope), rotate(k_BTGH, rope)
         if cache is not None:
             cache = _write(cache, k_BTGH, v_BTGH)
-            k_BTGH = jax.lax.dynamic_index_in_dim(cache.keys_RBSGH, cache.index, keepdims=False)
-            v_BTGH = jax.lax.dynamic_index_in_dim(cache.values_RBSGH, cache.index, keepdims=False)
-        y_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, mask_BTS)
+            k_BGSH = jax.lax.dynamic_index_in_dim(cache.keys_RBGSH, cache.index, keepdims=False)
+            v_BGSH = jax.lax.dynamic_index_in_dim(cache.values_RBGSH, cache.index, keepdims=False)
+            y_BTNH = attend_heads_first(q_BTNH, k_BGSH, v_BGSH, mask_BTS)
+        else:
+            y_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, mask_BTS)
         return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -85,6 +88,13 @@ class Attention(nnx.Module):
 
 
 def attend(q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """`attend_heads_first` for keys and values as they are projected."""
+    return attend_heads_first(q_BTNH, k_BSGH.transpose(0, 2, 1, 3), v_BSGH.transpose(0, 2, 1, 3), mask_BTS)
+
+
+def attend_heads_first(
+    q_BTNH: jax.Array, k_BGSH: jax.Array, v_BGSH: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
     """Causal scaled dot-product attention; scores and softmax in float32.
 
     Query t must see no key behind slot t when T > 1: the queries are taken in blocks, and a block never
@@ -93,11 +103,10 @@ def attend(q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGH: jax.Array, mask_BTS: ja
     Returns:
         [B, T, N, H] in the dtype of q.
     """
-    length, groups = q_BTNH.shape[1], k_BSGH.shape[2]
+    length, groups = q_BTNH.shape[1], k_BGSH.shape[1]
     q_BTGQH = q_BTNH.reshape(*q_BTNH.shape[:2], groups, -1, q_BTNH.shape[-1])
     # Heads come before positions: every product below is then a plain batched matrix product.
     q_BGQTH = q_BTGQH.transpose(0, 2, 3, 1, 4) * q_BTNH.shape[-1] ** -0.5
-    k_BGSH, v_BGSH = k_BSGH.transpose(0, 2, 1, 3), v_BSGH.transpose(0, 2, 1, 3)
     block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
     if length <= block:
         y_BGQTH = _attend_block(q_BGQTH, k_BGSH, v_BGSH, mask_BTS)
@@ -128,11 +137,12 @@ def _attend_block(q_BGQTH: jax.Array, k_BGSH: jax.Array, v_BGSH: jax.Array, mask
 
 
 def _write(cache: LayerCache, k_BTGH: jax.Array, v_BTGH: jax.Array) -> LayerCache:
-    start = (cache.index, 0, cache.slot, 0, 0)
+    start = (cache.index, 0, 0, cache.slot, 0)
 
-    def write(stack_RBSGH: jax.Array, new_BTGH: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(stack_RBSGH, new_BTGH[None].astype(stack_RBSGH.dtype), start)
+    def write(stack_RBGSH: jax.Array, new_BTGH: jax.Array) -> jax.Array:
+        new_1BGTH = new_BTGH.transpose(0, 2, 1, 3)[None].astype(stack_RBGSH.dtype)
+        return jax.lax.dynamic_update_slice(stack_RBGSH, new_1BGTH, start)
 
     return cache._replace(
-        keys_RBSGH=write(cache.keys_RBSGH, k_BTGH), values_RBSGH=write(cache.values_RBSGH, v_BTGH)
+        keys_RBGSH=write(cache.keys_RBGSH, k_BTGH), values_RBGSH=write(cache.values_RBGSH, v_BTGH)
     )
