@@ -28,7 +28,7 @@ from safemoe_jax.data.sources import read_source
 from safemoe_jax.model import Model, load_pretrained
 from safemoe_jax.models.config import Compute, check_mesh
 from safemoe_jax.models.lora import add_adapters, describe
-from safemoe_jax.models.params import initialise, shardings, split_trainable
+from safemoe_jax.models.params import Params, initialise, shardings, split_trainable
 from safemoe_jax.models.transformer import declare
 from safemoe_jax.parallel.mesh import BATCH_AXES, make_mesh, mesh_axis_sizes
 from safemoe_jax.training.config import TrainConfig, to_dict, validate
@@ -84,8 +84,7 @@ def finetune(config: TrainConfig, *, model: Model | None = None, on_step: Sequen
 
     Raises:
         InputError: anything wrong with configuration, files or output folder, before anything is written;
-        or a loss
-            that is not finite, naming step and samples.
+            or a loss that is not finite, naming step and samples.
     """
     validate(config)
     defenses.check_name(config.defence)
@@ -100,7 +99,8 @@ def finetune(config: TrainConfig, *, model: Model | None = None, on_step: Sequen
         f"{describe(plan.model_config)}; {report['samples']} samples, {report['truncated']} truncated, ",
     )
     folder = open_folder(config, {"data": plan.pipeline.fingerprint, "data_report": report})
-    return _run(plan, base, folder, report, on_step)
+    release = (lambda: None) if model is not None else (lambda: _delete(plan.weights.trainable))
+    return _run(plan, base, folder, report, on_step, release)
 
 
 def say(config: TrainConfig, text: str) -> None:
@@ -109,9 +109,21 @@ def say(config: TrainConfig, text: str) -> None:
         print(text.rstrip(", "), file=sys.stderr)
 
 
+def _delete(params: Params) -> None:
+    """Frees the initial values of what trains: the state holds the copy that steps overwrite."""
+    for value in params.values():
+        value.delete()
+
+
 def _run(
-    plan: Plan, base: Model, folder: Path, report: dict[str, Any], on_step: Sequence[OnStep]
+    plan: Plan,
+    base: Model,
+    folder: Path,
+    report: dict[str, Any],
+    on_step: Sequence[OnStep],
+    release: Callable[[], None],
 ) -> RunResult:
+    """Trains and writes; `release` is called once the state holds its own copy of the initial parameters."""
     config = plan.config
 
     def model_of(state: TrainState) -> Model:
@@ -121,6 +133,7 @@ def _run(
     callbacks = [lambda step, state, call=call: call(step, model_of(state)) for call in on_step]
     with _checkpoints(config, folder) as checkpoints:
         start = resume(plan, checkpoints)
+        release()
         began, compiled_before = time.perf_counter(), n_compiled()
         programs = prepare(plan, start.state)
         compile_seconds = time.perf_counter() - began

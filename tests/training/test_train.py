@@ -194,6 +194,19 @@ def test_full_fine_tuning_from_random_weights_writes_a_model(world):
         np.testing.assert_array_equal(loaded.params[name], value, err_msg=name)
 
 
+def test_full_fine_tuning_holds_the_weights_once_beside_adams_moments(world):
+    """Bytes of all live arrays during a run, against parameters and two moments of them."""
+    before = {id(array) for array in jax.live_arrays()}
+    seen: list[int] = []
+
+    def measure(step: int, model) -> None:
+        new = [array for array in jax.live_arrays() if id(array) not in before]
+        seen.append(sum(array.nbytes for array in new) / sum(v.nbytes for v in model.params.values()))
+
+    finetune(world.train_config("once", lora=None, steps=3), on_step=[measure])
+    assert len(seen) == 3 and max(seen) < 3.5
+
+
 def test_bfloat16_keeps_trained_weights_in_float32(world):
     config = world.train_config(
         "bfloat16", dtype="bfloat16", epochs=1.0, defence=world.defence("safemoe_anchored")
