@@ -32,7 +32,7 @@ quickstart: $(VENV)/.ready
 	$(BIN)/safemoe quickstart --seed $(SEED)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow and not parity and not bench"
+	$(BIN)/python -m pytest -m "not slow and not parity"
 
 parity: $(VENV)/.ready-parity
 	$(BIN)/python -m pytest -m "parity and not slow"
@@ -42,7 +42,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.ready-parity
-	$(BIN)/python -m pytest -m bench -s
+	$(BIN)/python experiments/bench.py
 
 slow: $(VENV)/.ready-parity
 	$(BIN)/python -m pytest -m slow

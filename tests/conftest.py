@@ -22,6 +22,13 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in tests/parity is a parity test, marked or not: none can be missing from `make parity`."""
+    for item in items:
+        if REPOSITORY / "tests" / "parity" in item.path.parents:
+            item.add_marker(pytest.mark.parity)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     """Seeds Python's and NumPy's global generators: a test sees the same numbers alone and in the suite."""
