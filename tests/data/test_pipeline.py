@@ -159,6 +159,7 @@ def test_fingerprint_tells_streams_apart() -> None:
         ({"batch_size": 200}, "less than one batch"),
         ({"row_length": 50}, "cannot hold a sample"),
         ({"seed": -1}, "seed is -1"),
+        ({"total_steps": 0}, "steps is 0"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], what: str) -> None:
