@@ -18,9 +18,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from safemoe_jax.models.expert_layout import Blocks, Pairs, cut_blocks, sort_pairs, weighted_sum
+
+KEPT_NAME = "expert_pre_activations"
+"""Name of the residuals for `jax.checkpoint_policies`: 2 * T*K * F * 4 bytes a layer."""
 
 
 class Stack(NamedTuple):
@@ -91,7 +95,9 @@ def _ffn_forward(*primals: object) -> tuple[jax.Array, _Saved]:
     is_primal = lambda leaf: hasattr(leaf, "perturbed")  # noqa: E731
     trainable = any(leaf.perturbed for leaf in primals[2])
     arguments = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
-    y_TD, gate_PF, up_PF = _forward(*arguments, keep=True)
+    y_TD, *kept = _forward(*arguments, keep=True)
+    # `jax.checkpoint` never saves what leaves a loop, whatever its policy; it does save named values.
+    gate_PF, up_PF = (checkpoint_name(rows_PF, KEPT_NAME) for rows_PF in kept)
     return y_TD, _Saved(*arguments, gate_PF, up_PF, () if trainable else None)
 
 
@@ -130,9 +136,18 @@ class _Plan(NamedTuple):
         """B rows of a buffer."""
         return lax.dynamic_slice_in_dim(buffer, start, self.block_rows)
 
-    def loop(self, visit: Callable, carry: object) -> object:
-        """``carry = visit(block, carry)`` for the blocks in use, ascending."""
-        return lax.fori_loop(0, self.blocks.in_use, visit, carry)
+    def loop(self, visit: Callable, carry: object, stack: Stack) -> object:
+        """``carry = visit(block, carry, stack)`` for the blocks in use, ascending.
+
+        The stack travels in the carry behind a barrier: as a constant of the loop, bfloat16 weights would be
+        converted to float32 before it, the whole stack at once.
+        """
+
+        def body(block: jax.Array, state: tuple) -> tuple:
+            carry, stack = state
+            return visit(block, carry, stack), lax.optimization_barrier(stack)
+
+        return lax.fori_loop(0, self.blocks.in_use, body, (carry, stack))[0]
 
 
 def _plan(pairs: Pairs) -> _Plan:
@@ -155,7 +170,7 @@ def _forward(
     plan = _plan(pairs)
     width, expert_width = stack.gate.shape[1:]
 
-    def visit(block: jax.Array, buffers: list[jax.Array]) -> list[jax.Array]:
+    def visit(block: jax.Array, buffers: list[jax.Array], stack: Stack) -> list[jax.Array]:
         group, start = first_group + plan.blocks.expert_C[block], plan.blocks.start_C[block]
         rows = x_TD[plan.rows(plan.token_P, start)]
         gate, up = _dot(rows, stack.gate[group]), _dot(rows, stack.up[group])
@@ -163,7 +178,7 @@ def _forward(
         return _write(buffers, [out, gate, up] if keep else [out], start)
 
     kept = [plan.buffer(expert_width), plan.buffer(expert_width)] if keep else []
-    out_PD, *kept = plan.loop(visit, [plan.buffer(width), *kept])
+    out_PD, *kept = plan.loop(visit, [plan.buffer(width), *kept], stack)
     return [weighted_sum(out_PD, weights_TK, plan.place_TK), *kept]
 
 
@@ -179,7 +194,7 @@ def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, S
     weight_P = jnp.pad(weight_P, (0, plan.token_P.size - weight_P.size))
     d_y_TD = d_y_TD.astype(x_TD.dtype)
 
-    def visit(block: jax.Array, carry: tuple) -> tuple:
+    def visit(block: jax.Array, carry: tuple, stack: Stack) -> tuple:
         buffers, sums = carry
         expert, start = plan.blocks.expert_C[block], plan.blocks.start_C[block]
         gate_w, up_w, down_w = (w[first_group + expert] for w in stack)
@@ -193,18 +208,17 @@ def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, S
         buffers = _write(buffers, [d_rows, jnp.sum(d_act * silu * up, 1)], start)
         if saved.trainable is not None:
             own = (start + jnp.arange(plan.block_rows) < plan.blocks.stop_C[block])[:, None]
-            act = (silu * up * weight).astype(d_y.dtype)
-            left = [x_TD[token], x_TD[token], act]
-            right = [jnp.where(own, r, 0) for r in (d_gate, d_up, d_y)]
-            left[2] = jnp.where(own, act, 0)
-            sums = [s.at[expert].add(_dot(a, b, (0, 0))) for s, a, b in zip(sums, left, right, strict=True)]
+            d_gate, d_up = jnp.where(own, d_gate, 0), jnp.where(own, d_up, 0)
+            act = jnp.where(own, silu * up * weight, 0).astype(d_y.dtype)
+            products = [(x_TD[token], d_gate), (x_TD[token], d_up), (act, d_y)]
+            sums = [s.at[expert].add(_dot(a, b, (0, 0))) for s, (a, b) in zip(sums, products, strict=True)]
         return buffers, sums
 
     sums = []
     if saved.trainable is not None:
         sums = [jnp.zeros((pairs.counts_E.size, *w.shape[1:]), jnp.float32) for w in stack]
     buffers = [plan.buffer(x_TD.shape[1]), plan.buffer()]
-    (d_rows_PD, d_weight_P), sums = plan.loop(visit, (buffers, sums))
+    (d_rows_PD, d_weight_P), sums = plan.loop(visit, (buffers, sums), stack)
     d_x_TD = weighted_sum(d_rows_PD, None, plan.place_TK).astype(x_TD.dtype)
     d_weights_TK = d_weight_P[plan.place_TK].astype(weights_TK.dtype)
     return d_x_TD, d_weights_TK, _in_stack(sums, stack, first_group)

@@ -35,11 +35,21 @@ def choose_kernel(platform: str, tokens: int, top_k: int, n_experts: int, d: int
     """
     if platform != "cpu":
         return "megablox" if platform == "tpu" and d % _TILE == 0 and f % _TILE == 0 else "ragged"
-    return "dense" if _dense_is_cheaper(tokens, top_k, n_experts, d, f) else "blocks"
+    blocks = _blocks_nanoseconds(tokens * top_k, d, f)
+    dense = _dense_nanoseconds(tokens, n_experts, d, f)
+    return "dense" if n_experts <= top_k or dense < blocks else "blocks"
 
 
-def _dense_is_cheaper(tokens: int, top_k: int, n_experts: int, d: int, f: int) -> bool:
-    return n_experts * f <= 512
+# Both are fitted to forward times on two cores; experiments/bench_experts.py checks the choice.
+def _blocks_nanoseconds(n_pairs: int, d: int, f: int) -> float:
+    start, sorting_a_pair, flops_a_nanosecond = 100_000, 300, 120
+    return start + n_pairs * (sorting_a_pair + 6 * d * f / flops_a_nanosecond)
+
+
+def _dense_nanoseconds(tokens: int, n_experts: int, d: int, f: int) -> float:
+    activation, slicing, flops_a_nanosecond = 2.5, 3, 150
+    time = tokens * n_experts * f * (6 * d / flops_a_nanosecond + activation) + slicing * n_experts * d * f
+    return 1.2 * time  # its backward pass fares worse than its forward
 
 
 def expert_ffn(
@@ -115,13 +125,18 @@ def _one_device(
 
 
 def _dense(x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, stack: Stack) -> jax.Array:
-    """Every expert for every token, weighted with zero where it was not chosen."""
-    one_hot_TKE = jax.nn.one_hot(experts_TK, stack.gate.shape[0], dtype=jnp.float32)
-    weights_TE = jnp.einsum("tk,tke->te", weights_TK.astype(jnp.float32), one_hot_TKE)
-    gate_TEF = jnp.einsum("td,edf->tef", x_TD, stack.gate, preferred_element_type=jnp.float32)
-    up_TEF = jnp.einsum("td,edf->tef", x_TD, stack.up, preferred_element_type=jnp.float32)
-    act_TEF = (jax.nn.silu(gate_TEF) * up_TEF * weights_TE[..., None]).astype(x_TD.dtype)
-    return jnp.einsum("tef,efd->td", act_TEF, stack.down, preferred_element_type=jnp.float32)
+    """Every expert for every token, weighted with zero where it was not chosen.
+
+    The experts side by side (X = E*F columns) are one wide feed-forward: three plain matrix products.
+    """
+    n_experts, width, expert_width = stack.gate.shape
+    weights_TE = (jax.nn.one_hot(experts_TK, n_experts) * weights_TK[..., None].astype(jnp.float32)).sum(1)
+    gate_DX, up_DX = (w.swapaxes(0, 1).reshape(width, -1) for w in stack[:2])
+    gate_TX = jnp.dot(x_TD, gate_DX, preferred_element_type=jnp.float32)
+    up_TX = jnp.dot(x_TD, up_DX, preferred_element_type=jnp.float32)
+    act_TX = jax.nn.silu(gate_TX) * up_TX * jnp.repeat(weights_TE, expert_width, axis=1)
+    down_XD = stack.down.reshape(-1, width)
+    return jnp.dot(act_TX.astype(x_TD.dtype), down_XD, preferred_element_type=jnp.float32)
 
 
 def _grouped(

@@ -1,0 +1,258 @@
+"""The expert kernels against a loop over tokens and experts in NumPy, float64, value and gradients.
+
+Legend: T tokens, K experts a token, D model width, F expert width, E experts, L layers stacked.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from safemoe_jax.errors import InputError
+from safemoe_jax.models.expert_blocks import choose_block_rows
+from safemoe_jax.models.expert_layout import cut_blocks, sort_pairs
+from safemoe_jax.models.grouped_matmul import KERNELS, choose_kernel, expert_ffn
+
+D, F, E, K, L = 16, 8, 4, 2, 3
+LAYER = 1
+
+
+def problem(seed: int, tokens: int, dtype: str = "float32") -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    x_TD, weights_TK = normal(tokens, D), rng.uniform(size=(tokens, K)).astype(np.float32)
+    experts_TK = np.stack([rng.permutation(E)[:K] for _ in range(tokens)]).astype(np.int32)
+    stack = normal(L * E, D, F) / 4, normal(L * E, D, F) / 4, normal(L * E, F, D) / 3
+    return (x_TD, weights_TK, experts_TK, *stack)
+
+
+def by_hand(x, weights, experts, gate, up, down, d_y):
+    """The sum over chosen experts, token by token, and its derivatives by the chain rule; float64."""
+    x, weights, gate, up, down, d_y = (a.astype(np.float64) for a in (x, weights, gate, up, down, d_y))
+    y, d_x, d_weights = np.zeros_like(x), np.zeros_like(x), np.zeros_like(weights)
+    d_gate, d_up, d_down = np.zeros_like(gate), np.zeros_like(up), np.zeros_like(down)
+    for t, k in np.ndindex(*weights.shape):
+        g = LAYER * E + experts[t, k]
+        a, b = x[t] @ gate[g], x[t] @ up[g]
+        s = 1 / (1 + np.exp(-a))
+        h = a * s * b
+        y[t] += weights[t, k] * (h @ down[g])
+        d_weights[t, k] = d_y[t] @ (h @ down[g])
+        d_h = weights[t, k] * (down[g] @ d_y[t])
+        d_a, d_b = d_h * b * (s + a * s * (1 - s)), d_h * a * s
+        d_x[t] += gate[g] @ d_a + up[g] @ d_b
+        d_gate[g] += np.outer(x[t], d_a)
+        d_up[g] += np.outer(x[t], d_b)
+        d_down[g] += np.outer(h, weights[t, k] * d_y[t])
+    return y, (d_x, d_weights, d_gate, d_up, d_down)
+
+
+def run(kernel, arrays, d_y, mesh=None, trainable=True):
+    """y and the gradients of sum(y * d_y) with respect to everything differentiable."""
+    x, weights, experts, *stack = (jnp.asarray(a) for a in arrays)
+
+    def ffn(x, weights, *stack):
+        return expert_ffn(
+            x, weights, experts, *stack, first_group=LAYER * E, n_experts=E, kernel=kernel, mesh=mesh
+        )
+
+    def value_and_gradients(*floats):
+        y, pullback = jax.vjp(ffn, *floats)
+        return y, pullback(jnp.asarray(d_y, y.dtype))
+
+    return jax.jit(value_and_gradients)(x, weights, *stack)
+
+
+def assert_close(found, expected, tolerance: float) -> None:
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=tolerance * np.abs(b).max(), rtol=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_value_and_every_gradient_match_the_loop_by_hand(kernel):
+    arrays = problem(0, tokens=37)
+    d_y = np.random.default_rng(1).normal(size=(37, D)).astype(np.float32)
+    assert_close(run(kernel, arrays, d_y), by_hand(*arrays, d_y), 2e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_expert_may_get_every_token_and_others_none(kernel):
+    arrays = list(problem(2, tokens=150))
+    arrays[2] = np.tile(np.array([[3, 1]], np.int32), (150, 1))
+    d_y = np.random.default_rng(3).normal(size=(150, D)).astype(np.float32)
+    assert_close(run(kernel, arrays, d_y), by_hand(*arrays, d_y), 2e-6)
+
+
+def test_blocks_are_exact_for_a_single_token_and_for_repeated_experts():
+    arrays = list(problem(4, tokens=1))
+    arrays[2] = np.array([[2, 2]], np.int32)
+    d_y = np.ones((1, D), np.float32)
+    assert_close(run("blocks", arrays, d_y), by_hand(*arrays, d_y), 2e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bfloat16_is_as_close_as_its_mantissa_allows(kernel):
+    arrays = problem(5, tokens=64)
+    rounded = [jnp.asarray(a) if a.dtype == np.int32 else jnp.asarray(a, jnp.bfloat16) for a in arrays]
+    d_y = np.random.default_rng(6).normal(size=(64, D)).astype(np.float32)
+    exact = [np.asarray(a) if a.dtype == jnp.int32 else np.asarray(a, np.float32) for a in rounded]
+    found = run(kernel, rounded, d_y)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(found))
+    assert_close(found, by_hand(*exact, np.asarray(jnp.asarray(d_y, jnp.bfloat16), np.float32)), 2e-2)
+
+
+def test_a_group_that_overflows_spoils_only_its_own_tokens():
+    arrays = list(problem(7, tokens=40))
+    arrays[5] = arrays[5].copy()
+    arrays[5][LAYER * E + 2] = np.inf
+    y, _ = run("blocks", arrays, np.ones((40, D), np.float32))
+    uses_it = (arrays[2] == 2).any(1)
+    np.testing.assert_array_equal(np.isfinite(np.asarray(y)).all(1), ~uses_it)
+
+
+def products(trainable: bool, policy, differentiate: bool = True) -> int:
+    """Matrix products in the lowered program of a loss over a rematerialised scan of layers."""
+    x, weights, experts, *stack = (jnp.asarray(a) for a in problem(8, tokens=24))
+
+    def loss(x, scale_LD, stack):
+        def body(h, layer):
+            index, scale = layer
+            y = expert_ffn(
+                h * scale, weights, experts, *stack, first_group=index * E, n_experts=E, kernel="blocks"
+            )
+            return h + y, None
+
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        return jnp.sum(jax.lax.scan(body, x, (jnp.arange(L), scale_LD))[0] ** 2)
+
+    function = loss
+    if differentiate:
+        function = jax.grad(loss, argnums=(1, 2) if trainable else 1)
+    text = jax.jit(function).lower(x, jnp.ones((L, D)), stack).as_text()
+    return text.count("stablehlo.dot_general")
+
+
+def test_frozen_weights_get_no_gradient_and_saved_activations_are_not_recomputed():
+    saved = jax.checkpoint_policies.save_anything_except_these_names("something_else")
+    assert products(trainable=False, policy=saved, differentiate=False) == 3
+    assert products(trainable=False, policy=saved) == 3 + 3
+    assert products(trainable=True, policy=saved) == 3 + 3 + 3
+
+
+def test_forward_alone_keeps_no_activations():
+    arrays = [jnp.asarray(a) for a in problem(9, tokens=512)]
+
+    def forward(*arrays):
+        return expert_ffn(*arrays, first_group=0, n_experts=E, kernel="blocks")
+
+    buffers = 512 * K * D * 4  # one output row a pair, float32
+    temporary = jax.jit(forward).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < buffers + 512 * K * F * 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stack_of_layers_is_neither_copied_nor_converted(dtype):
+    arrays = [jnp.asarray(a) for a in problem(10, tokens=16)]
+    wide = [jnp.tile(a, (1, 8, 8)).astype(dtype) for a in arrays[3:]]
+    x = jnp.tile(arrays[0], (1, 8)).astype(dtype)
+
+    def forward(x, weights, experts, *stack):
+        return expert_ffn(x, weights, experts, *stack, first_group=4, n_experts=E, kernel="blocks")
+
+    compiled = jax.jit(forward).lower(x, *arrays[1:3], *wide).compile()
+    smallest_copy = wide[0].size * 2  # one of the three weight stacks in bfloat16
+    assert compiled.memory_analysis().temp_size_in_bytes < smallest_copy
+
+
+@pytest.mark.parametrize("block_rows", [1, 8, 64])
+def test_blocks_cover_every_row_once(block_rows):
+    experts_TK = np.random.default_rng(11).integers(0, 7, size=(50, 3)).astype(np.int32)
+    experts_TK[experts_TK == 5] = 6  # expert 5 gets nothing
+    pairs = sort_pairs(jnp.asarray(experts_TK), 7)
+    blocks = cut_blocks(pairs, block_rows)
+    covered = []
+    for block in range(int(blocks.in_use)):
+        start = int(blocks.start_C[block])
+        places = range(start, min(start + block_rows, int(blocks.stop_C[block])))
+        assert len(places) > 0
+        assert {int(experts_TK.reshape(-1)[pairs.order_N[p]]) for p in places} == {
+            int(blocks.expert_C[block])
+        }
+        covered += places
+    assert covered == list(range(150))
+    places = np.asarray(pairs.place_TK).reshape(-1)
+    np.testing.assert_array_equal(np.asarray(pairs.order_N)[places], np.arange(150))
+
+
+def test_block_rows_follow_the_share_of_an_expert():
+    decoding, training = choose_block_rows(32 * 8, 64), choose_block_rows(2048 * 8, 64)
+    assert decoding == 8
+    assert training == 64
+
+
+def test_kernel_follows_platform_and_size():
+    large = {"tokens": 2048, "top_k": 8, "n_experts": 64, "d": 512, "f": 256}
+    assert [choose_kernel(platform, **large) for platform in ("cpu", "gpu", "tpu")] == [
+        "blocks",
+        "ragged",
+        "megablox",
+    ]
+    tiny = {"top_k": 4, "n_experts": 32, "d": 64, "f": 8}
+    assert [choose_kernel("cpu", tokens=tokens, **tiny) for tokens in (16, 4096)] == ["dense", "blocks"]
+    assert choose_kernel("cpu", tokens=2048, top_k=4, n_experts=4, d=512, f=256) == "dense"
+    assert choose_kernel("tpu", tokens=512, top_k=4, n_experts=32, d=64, f=8) == "ragged"
+
+
+def test_unknown_kernel_is_refused():
+    arrays = [jnp.asarray(a) for a in problem(12, tokens=4)]
+    with pytest.raises(InputError, match="fastest"):
+        expert_ffn(*arrays, first_group=0, n_experts=E, kernel="fastest")
+
+
+_ON_EIGHT_DEVICES = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+sys.path.insert(0, sys.argv[1])
+from test_grouped_matmul import E, D, L, assert_close, by_hand, problem, run
+from safemoe_jax.errors import InputError
+from safemoe_jax.parallel.mesh import MeshConfig, make_mesh
+
+arrays = problem(13, tokens=48)
+d_y = np.random.default_rng(14).normal(size=(48, D)).astype(np.float32)
+expected = by_hand(*arrays, d_y)
+few = problem(15, tokens=3)
+for config in (MeshConfig(2, 2, 1, 2), MeshConfig(1, 2, 2, 2), MeshConfig(2, 1, 4, 1)):
+    mesh = make_mesh(config)
+    for kernel in ("blocks", "ragged"):
+        assert_close(run(kernel, arrays, d_y, mesh), expected, 1e-5)
+    assert_close(run("blocks", few, d_y[:3], mesh), by_hand(*few, d_y[:3]), 1e-5)
+mesh = make_mesh(MeshConfig(1, 2, 2, 2))
+assert_close(run("megablox", arrays, d_y, mesh), expected, 1e-5)
+try:
+    run("blocks", arrays, d_y, make_mesh(MeshConfig(1, 1, 8, 1)))
+except InputError as error:
+    assert "expert" in str(error)
+else:
+    raise AssertionError("4 experts on 8 devices were accepted")
+print("agree")
+"""
+
+
+def test_eight_devices_agree_with_the_loop_by_hand(request):
+    """Its own process, because the number of devices is fixed when the backend starts."""
+    result = subprocess.run(
+        [sys.executable, "-c", _ON_EIGHT_DEVICES, str(request.path.parent)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=request.config.rootpath,
+    )
+    assert result.stdout.strip() == "agree", result.stderr
