@@ -1,4 +1,4 @@
-"""What the network is (`ModelConfig`) and how it is computed (`Compute`): frozen, hashable, static under jit."""
+"""What the network is (`ModelConfig`) and how it is computed (`Compute`): frozen, static under jit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of layers that one scan computes: `pattern` (the kinds of layer in one repeat) times `repeats`."""
+    """Layers that one scan computes: `pattern` (the kinds of layer in one repeat) times `repeats`."""
 
     pattern: tuple[str, ...]
     repeats: int
