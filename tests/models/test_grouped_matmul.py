@@ -92,7 +92,8 @@ def test_blocks_are_exact_for_a_single_token_and_for_repeated_experts():
     arrays = list(problem(4, tokens=1))
     arrays[2] = np.array([[2, 2]], np.int32)
     d_y = np.ones((1, D), np.float32)
-    assert_close(run("blocks", arrays, d_y), by_hand(*arrays, d_y), 2e-6)
+    # The weight's gradient is one sum that cancels to a tenth of its terms: their rounding counts tenfold.
+    assert_close(run("blocks", arrays, d_y), by_hand(*arrays, d_y), 1e-5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
