@@ -236,7 +236,9 @@ def _total_steps(items: int, given: int, batch_size: int, epochs: float, total_s
             expected="samples with answers, and a max_length above the length of their prompts",
         )
     if total_steps is not None and total_steps < 1:
-        raise InputError(f"steps is {total_steps}", where="steps", expected="1 or more, or none for whole epochs")
+        raise InputError(
+            f"steps is {total_steps}", where="steps", expected="1 or more, or none for whole epochs"
+        )
     steps = int(epochs * items) // batch_size if total_steps is None else total_steps
     if steps < 1:
         raise InputError(

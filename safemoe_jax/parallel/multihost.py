@@ -1,4 +1,4 @@
-"""Start-up of a run that spans several processes: a TPU pod, a GPU cluster, or two processes on one machine."""
+"""Start-up of a run of several processes: a TPU pod, a GPU cluster, or two processes on one machine."""
 
 from __future__ import annotations
 
