@@ -35,7 +35,7 @@ from safemoe_jax.data.shapes import (
 )
 from safemoe_jax.errors import InputError
 
-_PROBED_STEPS = 32  # steps looked at to choose the row length
+_PROBED_SAMPLES = 4096  # in the steps looked at to choose the capacity of rows
 _PREFETCHED_BATCHES = 4
 _LAYOUT_VERSION = 1  # part of the fingerprint: raise it when the same samples would be packed differently
 
@@ -268,5 +268,6 @@ def _capacity(sizes: _Sizes, row_multiple: int, row_length: int | None, max_leng
         )
     candidates = row_length_candidates(sizes.longest, max_length) if row_length is None else [row_length]
     total = len(sizes.order)
-    probed = np.unique(np.linspace(0, total - 1, min(total, _PROBED_STEPS)).astype(int))
+    probes = min(total, max(4, _PROBED_SAMPLES // sizes.order.shape[1]))
+    probed = np.unique(np.linspace(0, total - 1, probes).astype(int))
     return choose_capacity([sizes.of(step) for step in probed], row_multiple, candidates)

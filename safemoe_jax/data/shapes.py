@@ -112,13 +112,18 @@ def choose_capacity(steps: Sequence[Lengths], row_multiple: int, row_lengths: Se
 
 
 def _capacities(steps: Sequence[Lengths], length: int) -> list[Capacity]:
-    """Rows of one length: with room for every target, and for some more than the mean."""
+    """Rows of one length: with room for some more targets than the mean, and for every target.
+
+    Equal costs go to the first, so a limit stands even if none of the few steps reaches it: another may.
+    """
     most = max(max(targets) for _, targets in steps)
     mean = length * sum(sum(targets) for _, targets in steps) / sum(sum(lengths) for lengths, _ in steps)
     limited = {
         max(round_up(room * mean, TARGET_MULTIPLE), round_up(most, TARGET_MULTIPLE)) for room in _TARGET_ROOMS
     }
-    return [Capacity(length, targets) for targets in (length, *sorted(limited)) if targets <= length]
+    return [
+        Capacity(length, targets) for targets in (*sorted(limited, reverse=True), length) if targets <= length
+    ]
 
 
 def row_length_candidates(longest: int, limit: int | None = None) -> list[int]:

@@ -106,3 +106,8 @@ def test_targets_are_spread_where_one_row_would_set_their_number_for_all() -> No
     assert planner.rows_and_targets(step, Capacity(512, 512)) == (12, 20 + 7 * 29)
     rows, most = planner.rows_and_targets(step, planner.choose_capacity([step], 1, [512]))
     assert rows == 12 and most <= 20 + 3 * 29
+    # The limit also stands for steps that were not looked at: full rows of 120 targets, and then one of 400.
+    seen = [128] * 32, [30] * 32
+    capacity = planner.choose_capacity([seen], 1, [512])
+    assert planner.rows_and_targets(seen, capacity) == (8, 120)
+    assert planner.rows_and_targets(([64] * 8, [50] * 8), capacity)[1] <= 2 * 120
