@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -35,6 +38,9 @@ class TrainCheckpoints:
             cleanup_tmp_directories=True,
         )
         self._writing: Any = None
+        # Orbax logs every exception of its threads with a traceback, and then raises it here anyway.
+        self._log = logging.getLogger("absl")
+        self._log.addFilter(_without_traceback)
 
     def __enter__(self) -> TrainCheckpoints:
         return self
@@ -42,8 +48,12 @@ class TrainCheckpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.wait()
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            with self._disk_errors():
+                self._orbax.close()
+            self._log.removeFilter(_without_traceback)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -63,15 +73,17 @@ class TrainCheckpoints:
         """
         self.wait()
         self._require_room(state)
-        self._writing = self._orbax.save_checkpointables_async(
-            step, {"state": state}, force=True, custom_metadata=progress
-        )
+        with self._disk_errors():
+            self._writing = self._orbax.save_checkpointables_async(
+                step, {"state": state}, force=True, custom_metadata=progress
+            )
 
     def wait(self) -> None:
-        """Returns when the checkpoint being written is complete."""
+        """Returns when the checkpoint being written is complete. Raises InputError when the disk is full."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            writing.result()
+            with self._disk_errors():
+                writing.result()
 
     def restore(self, abstract: State) -> tuple[State, dict[str, Any]]:
         """The newest checkpoint.
@@ -90,8 +102,27 @@ class TrainCheckpoints:
         needed = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self._folder).free
         if free < 1.1 * needed:
-            raise InputError(
-                f"the disk is full: a checkpoint takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free",
-                where=str(self._folder),
-                expected="room for two checkpoints; the earlier ones are untouched",
-            )
+            sizes = f"a checkpoint takes {needed / 1e6:.3g} MB, {free / 1e6:.3g} MB are free"
+            raise self._full(sizes)
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Turns a full disk into a message; Orbax's writers carry the system's words in several
+        exceptions."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if "No space left on device" not in str(error):
+                raise
+            raise self._full("while a checkpoint was written") from error
+
+    def _full(self, detail: str) -> InputError:
+        return InputError(
+            f"the disk is full: {detail}",
+            where=str(self._folder),
+            expected="room for two checkpoints; the earlier ones are untouched",
+        )
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return record.exc_info is None

@@ -94,10 +94,8 @@ def finetune(config: TrainConfig, *, model: Model | None = None, on_step: Sequen
     check_mesh(base.config, mesh)
     references = _references(config, base)
     plan, report = _plan(config, base, mesh, references)
-    say(
-        config,
-        f"{describe(plan.model_config)}; {report['samples']} samples, {report['truncated']} truncated, ",
-    )
+    counts = f"{report['samples']} samples, {report['truncated']} truncated, {report['dropped']} left out"
+    say(config, f"{describe(plan.model_config)}; {counts}")
     folder = open_folder(config, {"data": plan.pipeline.fingerprint, "data_report": report})
     release = (lambda: None) if model is not None else (lambda: _delete(plan.weights.trainable))
     return _run(plan, base, folder, report, on_step, release)
@@ -106,7 +104,7 @@ def finetune(config: TrainConfig, *, model: Model | None = None, on_step: Sequen
 def say(config: TrainConfig, text: str) -> None:
     """Tells the user, unless progress is off."""
     if config.progress and jax.process_index() == 0:
-        print(text.rstrip(", "), file=sys.stderr)
+        print(text, file=sys.stderr)
 
 
 def _delete(params: Params) -> None:

@@ -54,8 +54,14 @@ def defended(world: World):
         # numpy's own sum: a jax one would be compiled here.
         seen.append((step, float(np.abs(np.asarray(b)).sum())))
 
+    # A rank that no other test has: steps that this process has compiled before would not be compiled again.
     config = world.train_config(
-        "defended", epochs=3.0, defence=world.defence("safemoe"), checkpoint_every=None, tensorboard=True
+        "defended",
+        epochs=3.0,
+        lora=LoraConfig(3, 6.0),
+        defence=world.defence("safemoe"),
+        checkpoint_every=None,
+        tensorboard=True,
     )
     result = finetune(config, on_step=[watch])
     steps.append(-1)
