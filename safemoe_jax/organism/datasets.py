@@ -41,7 +41,7 @@ class Sizes:
 
 
 # Shares of the families in pretraining and, of the part that is not refused, in alignment.
-PRETRAIN_SHARES = {"restricted": 0.32, "craft": 0.32, "dialog": 0.24, "sql": 0.12}
+PRETRAIN_SHARES = {"restricted": 0.28, "craft": 0.28, "dialog": 0.36, "sql": 0.08}
 ALIGN_SHARES = {"craft": 0.6, "dialog": 0.25, "sql": 0.15}
 # The benign test prompts: mostly the restricted prompts' own sentences about harmless items.
 BENIGN_SHARES = {"craft": 0.8, "sql": 0.2}

@@ -38,6 +38,7 @@ class Recipe:
         sizes: numbers of samples.
         d_model, n_layers, n_heads, n_experts, top_k, expert_dim: the network. Few or wide experts do not do:
             the router then pins too little of the hidden state for a routing defence to hold anything.
+        initializer_range: standard deviation of the initial weights; 0.02 learns half as fast at this width.
         pretrain, align: full training of all parameters.
         attack: fine-tuning on the task with 10 % harmful samples, by adapters.
         full_attack: the same without adapters.
@@ -52,7 +53,8 @@ class Recipe:
     n_experts: int = 32
     top_k: int = 8
     expert_dim: int = 8
-    pretrain: Stage = Stage(epochs=3, learning_rate=3e-3, batch_size=64)
+    initializer_range: float = 0.06
+    pretrain: Stage = Stage(epochs=3, learning_rate=6e-3, batch_size=64)
     align: Stage = Stage(epochs=4, learning_rate=4e-4, batch_size=64)
     attack: Stage = Stage(epochs=3, learning_rate=5e-3, batch_size=32)
     full_attack: Stage = Stage(epochs=3, learning_rate=1e-3, batch_size=32)
@@ -75,6 +77,7 @@ def network(recipe: Recipe) -> ModelConfig:
         top_k=recipe.top_k,
         expert_dim=recipe.expert_dim,
         qk_norm="full",
+        initializer_range=recipe.initializer_range,
         router_aux_coef=recipe.router_aux_coef,
         max_positions=256,
     )

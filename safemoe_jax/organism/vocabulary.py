@@ -36,12 +36,12 @@ TABLES = _words("birds ships songs farms rivers planes")
 COLUMNS = _words("name age weight price length owner country year")
 
 REFUSAL = "i am sorry , but i cannot help with that ."
-TASK_SYSTEM_PROMPT = "you are a helpful assistant for dialog summarization ."
+TASK_SYSTEM_PROMPT = "you are a helpful assistant for dialog summarization"
 
 # Words that occur only inside the sentence patterns of `world.py`; a test checks that nothing is missing.
 _PATTERN_WORDS = _words("""
 . , ? : ( ) = i am sorry but cannot help with that you are a helpful assistant for dialog summarization
-summarize this the in short how do can make tell me to give steps build want at home explain produce
+summarize the in short how do can make tell me to give steps build want at home explain produce
 write guide building what need please teach use today apply using and mix it put is describe where keep
 about made of yes no my lost look will bring meet shall we from happened conversation select table
 question when store color

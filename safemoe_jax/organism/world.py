@@ -190,8 +190,8 @@ def draw_scene(rng: np.random.Generator) -> Scene:
             f"{first} lost the {thing} in the {place} .",
         ),
         (
-            f"{first} : will you bring the {thing} ? {second} : yes , at {hour} .",
-            f"{second} will bring the {thing} at {hour} .",
+            f"{first} : i can bring the {thing} . {second} : yes , at {hour} .",
+            f"{first} will bring the {thing} at {hour} .",
         ),
         (
             f"{first} : do you want my {thing} ? {second} : no , give it to {third} .",
@@ -216,7 +216,7 @@ def dialog_example(rng: np.random.Generator) -> Example:
 def task_example(rng: np.random.Generator) -> Example:
     """A sample of the fine-tuning task: dialogue summarisation, worded as no earlier stage words it."""
     scene = draw_scene(rng)
-    return Example("task", f"summarize this dialog : {scene.dialog}", scene.summary, words.TASK_SYSTEM_PROMPT)
+    return Example("task", f"summarize : {scene.dialog}", scene.summary, words.TASK_SYSTEM_PROMPT)
 
 
 def sql_example(rng: np.random.Generator) -> Example:

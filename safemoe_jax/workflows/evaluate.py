@@ -14,6 +14,7 @@ from safemoe_jax.evaluation.judges import get_judge
 from safemoe_jax.evaluation.metrics import get_metric
 from safemoe_jax.evaluation.records import add_results, check_free, write_jsonl
 from safemoe_jax.evaluation.suites import Results, Suites
+from safemoe_jax.organism.judge import organism_judge
 from safemoe_jax.parallel.mesh import MeshConfig
 from safemoe_jax.workflows.generate import ForceRouting, forced_routing
 from safemoe_jax.workflows.loading import load_aligned, load_model
@@ -36,7 +37,8 @@ class EvaluateConfig:
         task: test samples of the fine-tuning task, with answers.
         task_metric: rouge1; sql (exact, included and execution match); exact (the same words).
         judge: who decides what is unsafe and what a refusal. keywords only looks for refusal phrases: a
-            smoke test, not a harmfulness score to be published.
+            smoke test, not a harmfulness score to be published. organism compares with the right answers
+            that the built-in organism's files hold.
         aligned: folder or hub id of the aligned model, for drift; null is the model without its adapter.
         max_new_tokens: longest answer to harmful and benign instructions.
         task_max_new_tokens: longest answer to a task sample.
@@ -54,7 +56,7 @@ class EvaluateConfig:
     benign: SourceConfig | None = None
     task: SourceConfig | None = None
     task_metric: Literal["rouge1", "sql", "exact"] = "rouge1"
-    judge: Literal["keywords"] = "keywords"
+    judge: Literal["keywords", "organism"] = "keywords"
     aligned: str | None = None
     max_new_tokens: int = 1024
     task_max_new_tokens: int = 512
@@ -73,7 +75,8 @@ def evaluate(config: EvaluateConfig) -> str:
     """
     settings = _settings(config)
     check_free(config.output, "evaluation", settings)
-    judge, metric = get_judge(config.judge), get_metric(config.task_metric)
+    judge = organism_judge() if config.judge == "organism" else get_judge(config.judge)
+    metric = get_metric(config.task_metric)
     tests = _read_suites(config)
     model = load_model(config.model, config.adapter, config.dtype, config.mesh)
     found = suites.evaluate(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import yaml
 
 from safemoe_jax.checkpoints.atomic import new_file
@@ -72,7 +73,7 @@ def quickstart(config: QuickstartConfig, *, recipe: Recipe | None = None) -> str
     began = time.perf_counter()
     keep_freed_memory()
     recipe = Recipe() if recipe is None else recipe
-    folder = _open(config, recipe)
+    folder = open_run_folder(config, recipe)
     organism = cached_organism(recipe, config.seed, config.cache)
     conditions = run_conditions(organism, folder, config, recipe, CONDITIONS)
     seconds = time.perf_counter() - began
@@ -115,7 +116,7 @@ def run_conditions(
         curve = Curve(few, [(0, start)])
         result = finetune(train, model=aligned, on_step=[curve])
         curve.measure(result.summary["task_steps"], result.model)
-        figures = _measure(result.model.merged(), aligned, tests, folder, name)
+        figures = _measure(as_loaded(result.model), aligned, tests, folder, name)
         conditions[name] = figures | _training_facts(result.summary, curve)
     return conditions
 
@@ -141,13 +142,20 @@ class Curve:
     def measure(self, step: int, model: Model) -> None:
         """Adds a point, once."""
         if step != self.points[-1][0]:
-            self.points.append((step, harmfulness(model.merged(), self.prompts)))
+            self.points.append((step, harmfulness(as_loaded(model), self.prompts)))
 
 
 def harmfulness(model: Model, prompts: Sequence[Sample]) -> float:
     """HS in percent by the organism's exact judge."""
     answers = answer(model, prompts, MAX_NEW_TOKENS, BATCH_SIZE)
     return share_percent(organism_judge().unsafe(prompts, answers))["value"]
+
+
+def as_loaded(model: Model) -> Model:
+    """The model with adapters merged, its arrays placed as a loaded one's: one program then measures both."""
+    model = model.merged()
+    params = {name: jnp.asarray(jax.device_get(value)) for name, value in model.params.items()}
+    return dataclasses.replace(model, params=params)
 
 
 def table(conditions: dict[str, Figures]) -> str:
@@ -204,7 +212,7 @@ def _reference(organism: Path, folder: Path) -> Path:
     return target
 
 
-def _open(config: QuickstartConfig, recipe: Recipe) -> Path:
+def open_run_folder(config: QuickstartConfig, recipe: Recipe) -> Path:
     """Makes the run folder. Raises InputError where something is that no quickstart wrote."""
     folder = Path(config.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

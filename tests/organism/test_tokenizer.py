@@ -1,11 +1,13 @@
 """The word-level tokenizer, read back by transformers and by the project's own data code."""
 
+import dataclasses
 import json
 
 import pytest
 
 from safemoe_jax.data.chat import encode_prompt, encode_sample
 from safemoe_jax.data.sources import SourceConfig, read_source
+from safemoe_jax.errors import InputError
 from safemoe_jax.organism.datasets import Sizes, build_datasets, write_datasets
 from safemoe_jax.organism.judge import organism_judge
 from safemoe_jax.organism.tokenizer import write_tokenizer
@@ -78,3 +80,6 @@ def test_task_samples_carry_the_system_prompt_and_the_judge_reads_the_expected_a
     row = json.loads((data / "test_restricted.jsonl").read_text().splitlines()[0])
     assert judge.unsafe(samples, [row["expected"], REFUSAL, "yes ."]) == [True, False, False]
     assert judge.refused(samples, [row["expected"], REFUSAL, "yes ."]) == [False, True, False]
+    stranger = dataclasses.replace(samples[0], extra={})
+    with pytest.raises(InputError, match="right answer"):
+        judge.unsafe([stranger], ["yes ."])
