@@ -21,9 +21,9 @@ from safemoe_jax.evaluation.batches import PromptBatch, batch_prompts
 from safemoe_jax.model import Model
 from safemoe_jax.models.config import Compute, ModelConfig
 from safemoe_jax.models.params import Weights
-from safemoe_jax.models.transformer import Cache, RoutingOverride, decode_step, prefill, routing_pass
+from safemoe_jax.models.transformer import Cache, decode_step, prefill, routing_pass
 from safemoe_jax.parallel.mesh import BATCH_AXES, mesh_axis_sizes, named_sharding
-from safemoe_jax.routing.override import Where, make_override
+from safemoe_jax.routing.override import RoutingOverride, Where, make_override
 
 NO_TOKEN = -1
 
@@ -212,7 +212,7 @@ def _override(forced: ForcedRouting | None, batch: PromptBatch) -> RoutingOverri
     logits_LBTE = routing_logits(
         aligned.config, Weights.of(aligned.params), tokens_BT, mask_BT, compute=aligned.compute
     )
-    return RoutingOverride(*make_override(logits_LBTE, mask_BT, forced.where))
+    return make_override(logits_LBTE, mask_BT, forced.where)
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))

@@ -20,6 +20,7 @@ from safemoe_jax.models.norms import RMSNorm
 from safemoe_jax.models.params import Params, ParamSpec, Weights, bind, flat_state
 from safemoe_jax.models.rope import rotary_tables
 from safemoe_jax.parallel.mesh import constrain
+from safemoe_jax.routing.override import RoutingOverride
 
 ACTIVATION_AXES = ("batch", None, None)
 DEFAULT_COMPUTE = Compute()
@@ -37,16 +38,6 @@ class Output(NamedTuple):
     logits: jax.Array | None
     router_logits: jax.Array
     hidden: jax.Array
-
-
-class RoutingOverride(NamedTuple):
-    """Router logits that routing follows instead of the model's own.
-
-    router_logits: float32 [L, B, T, E]. mask: bool [B, T], True where they are used.
-    """
-
-    router_logits: jax.Array
-    mask: jax.Array
 
 
 class Cache(NamedTuple):

@@ -1,9 +1,12 @@
 """Generation against whole forward passes, one prompt and one token at a time, without a cache."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,8 +18,7 @@ from safemoe_jax.evaluation.readout import (
     read_routing,
     read_routing_and_next_token,
 )
-from safemoe_jax.models import Compute, RoutingOverride, Weights, forward
-from safemoe_jax.parallel.mesh import MeshConfig, make_mesh
+from safemoe_jax.models import RoutingOverride, Weights, forward
 from tests.evaluation.small_models import CONFIG, random_prompts, small_model
 
 LENGTHS = (3, 20, 7, 1, 12)
@@ -165,9 +167,14 @@ def test_comparison_of_read_outs():
     assert same["drift"] < 1e-6 and same["overlap"] == 1.0
 
 
-def test_a_mesh_of_one_gives_the_same_answers():
-    model, prompts = small_model(), random_prompts(LENGTHS)
-    want = generate(model, prompts, max_new_tokens=5, stop_tokens=())
-    model.compute = Compute(mesh=make_mesh(MeshConfig()))
-    assert generate(model, prompts, max_new_tokens=5, stop_tokens=()) == want
-    assert jnp.isfinite(read_routing(model, prompts)).all()
+def test_a_mesh_gives_the_same_answers(repository):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-m", "tests.evaluation.on_a_mesh"]
+    run = subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["devices"] == 4
+    assert found["split"] == found["split, own routing forced"] == found["whole"]
+    assert found["difference"] < 1e-5
