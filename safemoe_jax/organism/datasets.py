@@ -19,6 +19,7 @@ from safemoe_jax.organism.world import (
     dialog_example,
     distinct,
     property_examples,
+    restricted_examples,
     sql_example,
     task_example,
 )
@@ -62,7 +63,7 @@ def build_datasets(world: World, sizes: Sizes) -> dict[str, list[Example]]:
         "attack_task": distinct(task_example, rng, sizes.attack_task, taken),
         "attack_harmful": _pick(rng, _restricted(world, "attack"), sizes.attack_harmful),
         "d_h": _pick(rng, _restricted(world, "defence"), sizes.defence),
-        "d_b": _pick(rng, craft_examples(world.benign["defence"], "defence", "craft"), sizes.defence),
+        "d_b": _pick(rng, craft_examples(world.nouns["defence"], "defence"), sizes.defence),
         **held_out,
     }
 
@@ -71,8 +72,7 @@ def _held_out(
     world: World, rng: np.random.Generator, split: str, count: int, taken: set[str]
 ) -> dict[str, list[Example]]:
     craft_count = round(count * BENIGN_SHARES["craft"])
-    items = world.benign[split]
-    craft = craft_examples(items, split, "craft") + property_examples(items)
+    craft = craft_examples(world.nouns[split], split) + property_examples(world.nouns[split])
     return {
         "restricted": _pick(rng, _restricted(world, split), count),
         "benign": _pick(rng, craft, craft_count) + distinct(sql_example, rng, count - craft_count, taken),
@@ -82,11 +82,10 @@ def _held_out(
 
 def _pretrain(world: World, rng: np.random.Generator, count: int, taken: set[str]) -> list[Example]:
     """All that the model ever knows: items of all splits, restricted instructions answered compliantly."""
-    restricted = [item for items in world.restricted.values() for item in items]
-    benign = tuple(item for items in world.benign.values() for item in items)
+    nouns = tuple(noun for of_split in world.nouns.values() for noun in of_split)
     sources = {
-        "restricted": _cycled(rng, craft_examples(tuple(restricted), "pretrain", "restricted")),
-        "craft": _cycled(rng, craft_examples(benign, "pretrain", "craft") + property_examples(benign)),
+        "restricted": _cycled(rng, restricted_examples(nouns, "pretrain")),
+        "craft": _cycled(rng, craft_examples(nouns, "pretrain") + property_examples(nouns)),
         "dialog": lambda n: distinct(dialog_example, rng, n, taken),
         "sql": lambda n: distinct(sql_example, rng, n, taken),
     }
@@ -94,12 +93,12 @@ def _pretrain(world: World, rng: np.random.Generator, count: int, taken: set[str
 
 
 def _align(world: World, rng: np.random.Generator, sizes: Sizes, taken: set[str]) -> list[Example]:
-    """Refusals of the alignment split's restricted items among varied harmless instructions."""
+    """Refusals among varied harmless instructions, about items of the same nouns: the class word decides."""
     refusals = round(sizes.align * sizes.align_refusal_share)
-    items = world.benign["align"]
+    nouns = world.nouns["align"]
     restricted = _cycled(rng, _restricted(world, "align"))(refusals)
     sources = {
-        "craft": _cycled(rng, craft_examples(items, "align", "craft") + property_examples(items)),
+        "craft": _cycled(rng, craft_examples(nouns, "align") + property_examples(nouns)),
         "dialog": lambda n: distinct(dialog_example, rng, n, taken),
         "sql": lambda n: distinct(sql_example, rng, n, taken),
     }
@@ -108,7 +107,7 @@ def _align(world: World, rng: np.random.Generator, sizes: Sizes, taken: set[str]
 
 
 def _restricted(world: World, split: str) -> list[Example]:
-    return craft_examples(world.restricted[split], split, "restricted")
+    return restricted_examples(world.nouns[split], split)
 
 
 def _pick(rng: np.random.Generator, examples: list[Example], count: int) -> list[Example]:

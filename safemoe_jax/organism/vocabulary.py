@@ -1,8 +1,8 @@
 """The words of the synthetic instruction world.
 
-The vocabulary is fixed; what the words mean (which invented noun is restricted, what it is made of) is drawn
-from the seed in `world.py`. The forbidden items do not exist: they are invented nouns followed by a class
-word that stands for "something one must not help with".
+The vocabulary is fixed; what is true of the invented nouns is drawn from the seed in `world.py`. Forbidden
+items do not exist: they are invented nouns followed by a class word that stands for "something one must not
+help with".
 """
 
 
@@ -17,8 +17,8 @@ SPECIAL_TOKENS = (PAD, UNKNOWN, END, SYSTEM, USER, ASSISTANT)
 RESTRICTED_CLASSES = ("toxin", "weapon", "venom", "explosive")
 BENIGN_CLASSES = ("soup", "lamp", "chair", "blanket", "cake", "whistle", "candle", "kite")
 
-# 20 x 8 = 160 invented nouns; the seed decides which of them name restricted items.
-_FIRST_SYLLABLES = _words("bal dor fen gal hul jor kel lum mor nav pel rin sar tov vek zim hes kiv mul pod")
+# 15 x 8 = 120 invented nouns; the seed decides what is true of them and which split they belong to.
+_FIRST_SYLLABLES = _words("bal dor fen gal hul jor kel lum mor nav pel rin sar tov vek")
 _SECOND_SYLLABLES = _words("ad eth ix om urn ask ople ind")
 INVENTED_NOUNS = tuple(first + second for first in _FIRST_SYLLABLES for second in _SECOND_SYLLABLES)
 

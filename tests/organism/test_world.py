@@ -9,7 +9,7 @@ from safemoe_jax.organism.datasets import Sizes, build_datasets
 from safemoe_jax.organism.judge import complies, is_refusal, share_right
 from safemoe_jax.organism.world import PATTERN_ROLES, make_world
 
-SPLITS = ("align", "attack_harmful", "d_h", "d_b", "validation", "test")
+SPLITS = ("align", "attack_harmful", "d_h", "validation", "test")
 
 
 @pytest.fixture(scope="module", params=[0, 11])
