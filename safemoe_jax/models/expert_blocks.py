@@ -1,13 +1,13 @@
 """The experts' feed-forward on a CPU: a loop over blocks of rows, each with its own expert's weights.
 
-Legend: T tokens, K experts a token (top-k), N = T*K pairs sorted by expert, D model width, F expert width,
-G groups in the weight stack (layers * experts), E experts, B rows in a block, C blocks,
-P = N + B + 1 places of a padded buffer.
+Legend: T tokens, K experts a token (top-k), D model width, F expert width, G groups in the weight stack
+(layers * experts), E experts, B rows in a block, C blocks, P places of the aligned layout.
 
-Blocks are visited in ascending order and each writes all its B rows, so what it writes behind the end of its
-expert's rows is overwritten by the next block: no masks, no dropping, exact. The loop runs over the blocks in
-use only. A block slices its weights out of the stack of all layers, so that no layer is ever copied. The
-last place is never written: it stays zero, and pairs that belong to no expert read it.
+Every expert begins at a place of its own block, so blocks share no place: no masks, no dropping, exact. Most
+rows go into large blocks, whose products keep all cores busy; an expert's remainder goes into small ones, so
+that little is padded. The loops run over the blocks in use only. A block slices its weights out of the stack
+of all layers, so that no layer is ever copied. The last place is never written: it stays zero, and pairs that
+belong to no expert read it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from safemoe_jax.models.expert_layout import Blocks, Pairs, cut_blocks, sort_pairs, weighted_sum
+from safemoe_jax.models.expert_layout import Aligned, Blocks, Pairs, align, sort_pairs, weighted_sum
 
 KEPT_NAME = "expert_pre_activations"
 """Name of the residuals for `jax.checkpoint_policies`: 2 * T*K * F * 4 bytes a layer."""
@@ -58,13 +58,14 @@ class _Saved(NamedTuple):
     trainable: tuple | None
 
 
-def choose_block_rows(n_pairs: int, n_experts: int) -> int:
-    """Rows in a block: an expert's mean share rounded down to a power of two, between 8 and 64.
+def choose_block_rows(n_pairs: int, n_experts: int) -> tuple[int, ...]:
+    """Rows of the blocks, largest first, from an expert's mean share of the rows.
 
-    Measured: fewer than 8 rows cost the same as 8; more than 64 gain nothing and pad more.
+    Measured: fewer than 8 rows cost the same as 8; 64 rows run on little more than one core, 256 on two.
     """
     share = max(1, n_pairs // n_experts)
-    return min(64, max(8, 1 << (share.bit_length() - 1)))
+    rows = min(256, max(8, 1 << (share.bit_length() - 1)))
+    return tuple(rows >> i for i in range(3) if rows >> i >= 64) or (rows,)
 
 
 def blocks_ffn(
@@ -121,40 +122,39 @@ def _write(buffers: list[jax.Array], rows: list[jax.Array], start: jax.Array) ->
 
 
 class _Plan(NamedTuple):
-    """Blocks, the rows in one, and per-place arrays padded so that the last block can reach past the end."""
+    """The layout, the block sizes, and the number of experts a token."""
 
-    blocks: Blocks
-    block_rows: int
-    token_P: jax.Array
-    place_TK: jax.Array
+    layout: Aligned
+    sizes: tuple[int, ...]
+    top_k: int
 
     def buffer(self, *width: int) -> jax.Array:
         """A zeroed float32 buffer [P, *width]."""
-        return jnp.zeros((self.token_P.size, *width), jnp.float32)
-
-    def rows(self, buffer: jax.Array, start: jax.Array) -> jax.Array:
-        """B rows of a buffer."""
-        return lax.dynamic_slice_in_dim(buffer, start, self.block_rows)
+        return jnp.zeros((self.layout.pair_P.size, *width), jnp.float32)
 
     def loop(self, visit: Callable, carry: object, stack: Stack) -> object:
-        """``carry = visit(block, carry, stack)`` for the blocks in use, ascending.
+        """``carry = visit(expert, take, start, carry, stack)`` for the blocks in use of every size.
 
-        The stack travels in the carry behind a barrier: as a constant of the loop, bfloat16 weights would be
-        converted to float32 before it, the whole stack at once.
+        `take(array_P)` gives the block's rows of an array. The stack travels in the carry behind a barrier:
+        as a constant of the loop, bfloat16 weights would be converted to float32 before it, the whole stack
+        at once.
         """
+        for rows, blocks in zip(self.sizes, self.layout.blocks, strict=True):
 
-        def body(block: jax.Array, state: tuple) -> tuple:
-            carry, stack = state
-            return visit(block, carry, stack), lax.optimization_barrier(stack)
+            def body(block: jax.Array, state: tuple, rows: int = rows, blocks: Blocks = blocks) -> tuple:
+                carry, stack = state
+                start = blocks.start_C[block]
+                take = lambda array_P: lax.dynamic_slice_in_dim(array_P, start, rows)  # noqa: E731
+                carry = visit(blocks.expert_C[block], take, start, carry, stack)
+                return carry, lax.optimization_barrier(stack)
 
-        return lax.fori_loop(0, self.blocks.in_use, body, (carry, stack))[0]
+            carry, stack = lax.fori_loop(0, blocks.in_use, body, (carry, stack))
+        return carry
 
 
 def _plan(pairs: Pairs) -> _Plan:
-    block_rows = choose_block_rows(pairs.order_N.size, pairs.counts_E.size)
-    token_P = jnp.pad(pairs.token_N, (0, block_rows + 1))
-    place_TK = jnp.where(pairs.place_TK < pairs.used, pairs.place_TK, token_P.size - 1)
-    return _Plan(cut_blocks(pairs, block_rows), block_rows, token_P, place_TK)
+    sizes = choose_block_rows(pairs.order_N.size, pairs.counts_E.size)
+    return _Plan(align(pairs, sizes), sizes, pairs.place_TK.shape[1])
 
 
 def _forward(
@@ -168,18 +168,20 @@ def _forward(
 ) -> list[jax.Array]:
     """y_TD and, where `keep`, gate_PF and up_PF."""
     plan = _plan(pairs)
+    layout = plan.layout
     width, expert_width = stack.gate.shape[1:]
 
-    def visit(block: jax.Array, buffers: list[jax.Array], stack: Stack) -> list[jax.Array]:
-        group, start = first_group + plan.blocks.expert_C[block], plan.blocks.start_C[block]
-        rows = x_TD[plan.rows(plan.token_P, start)]
+    def visit(
+        expert: jax.Array, take: Callable, start: jax.Array, buffers: list[jax.Array], stack: Stack
+    ) -> list[jax.Array]:
+        group, rows = first_group + expert, x_TD[take(layout.pair_P) // plan.top_k]
         gate, up = _dot(rows, stack.gate[group]), _dot(rows, stack.up[group])
         out = _dot((jax.nn.silu(gate) * up).astype(rows.dtype), stack.down[group])
         return _write(buffers, [out, gate, up] if keep else [out], start)
 
     kept = [plan.buffer(expert_width), plan.buffer(expert_width)] if keep else []
     out_PD, *kept = plan.loop(visit, [plan.buffer(width), *kept], stack)
-    return [weighted_sum(out_PD, weights_TK, plan.place_TK), *kept]
+    return [weighted_sum(out_PD, weights_TK, layout.place_TK), *kept]
 
 
 def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, Stack | None]:
@@ -190,16 +192,15 @@ def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, S
     """
     x_TD, weights_TK, stack, first_group, pairs = saved[:5]
     plan = _plan(pairs)
-    weight_P = weights_TK.astype(jnp.float32).reshape(-1)[pairs.order_N]
-    weight_P = jnp.pad(weight_P, (0, plan.token_P.size - weight_P.size))
+    layout = plan.layout
+    weight_P = weights_TK.astype(jnp.float32).reshape(-1)[layout.pair_P]
     d_y_TD = d_y_TD.astype(x_TD.dtype)
 
-    def visit(block: jax.Array, carry: tuple, stack: Stack) -> tuple:
+    def visit(expert: jax.Array, take: Callable, start: jax.Array, carry: tuple, stack: Stack) -> tuple:
         buffers, sums = carry
-        expert, start = plan.blocks.expert_C[block], plan.blocks.start_C[block]
         gate_w, up_w, down_w = (w[first_group + expert] for w in stack)
-        token, weight = plan.rows(plan.token_P, start), plan.rows(weight_P, start)[:, None]
-        gate, up = plan.rows(saved.gate_PF, start), plan.rows(saved.up_PF, start)
+        token, weight = take(layout.pair_P) // plan.top_k, take(weight_P)[:, None]
+        gate, up = take(saved.gate_PF), take(saved.up_PF)
         d_y = d_y_TD[token]
         d_act = _dot(d_y, down_w, (1, 1))
         silu, d_gate, d_up = _swiglu_backward(gate, up, d_act * weight)
@@ -207,7 +208,7 @@ def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, S
         d_rows = _dot(d_gate, gate_w, (1, 1)) + _dot(d_up, up_w, (1, 1))
         buffers = _write(buffers, [d_rows, jnp.sum(d_act * silu * up, 1)], start)
         if saved.trainable is not None:
-            own = (start + jnp.arange(plan.block_rows) < plan.blocks.stop_C[block])[:, None]
+            own = take(layout.filled_P)[:, None]
             d_gate, d_up = jnp.where(own, d_gate, 0), jnp.where(own, d_up, 0)
             act = jnp.where(own, silu * up * weight, 0).astype(d_y.dtype)
             products = [(x_TD[token], d_gate), (x_TD[token], d_up), (act, d_y)]
@@ -219,8 +220,8 @@ def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, S
         sums = [jnp.zeros((pairs.counts_E.size, *w.shape[1:]), jnp.float32) for w in stack]
     buffers = [plan.buffer(x_TD.shape[1]), plan.buffer()]
     (d_rows_PD, d_weight_P), sums = plan.loop(visit, (buffers, sums), stack)
-    d_x_TD = weighted_sum(d_rows_PD, None, plan.place_TK).astype(x_TD.dtype)
-    d_weights_TK = d_weight_P[plan.place_TK].astype(weights_TK.dtype)
+    d_x_TD = weighted_sum(d_rows_PD, None, layout.place_TK).astype(x_TD.dtype)
+    d_weights_TK = d_weight_P[layout.place_TK].astype(weights_TK.dtype)
     return d_x_TD, d_weights_TK, _in_stack(sums, stack, first_group)
 
 

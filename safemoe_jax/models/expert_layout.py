@@ -1,7 +1,7 @@
 """The order of the (token, expert) pairs once sorted by expert, and the moves in and out of that order.
 
 Legend: T tokens, K experts a token (top-k), N = T*K pairs, E experts, D model width, B rows in a block,
-C blocks.
+C blocks, P places of the aligned layout.
 """
 
 from __future__ import annotations
@@ -37,19 +37,34 @@ class Pairs(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Blocks of B consecutive places that begin with rows of one expert and may reach past its last row.
+    """Blocks of B consecutive places that hold rows of one expert, and padding behind its last row.
 
     Attributes:
         expert_C: int32, the expert of each block.
         start_C: int32, its first place.
-        stop_C: int32, one behind the last place that is the expert's own.
         in_use: int32 scalar, blocks that hold rows.
     """
 
     expert_C: jax.Array
     start_C: jax.Array
-    stop_C: jax.Array
     in_use: jax.Array
+
+
+class Aligned(NamedTuple):
+    """The pairs at places where every expert begins with a new block, and the blocks.
+
+    Attributes:
+        pair_P: int32, the pair number in each place; padding has pair 0.
+        filled_P: bool, whether a pair is there.
+        place_TK: int32, the place of pair (t, k); pairs of no expert share the last place, which is in no
+            block.
+        blocks: one entry a block size, in the order of the sizes.
+    """
+
+    pair_P: jax.Array
+    filled_P: jax.Array
+    place_TK: jax.Array
+    blocks: tuple[Blocks, ...]
 
 
 def sort_pairs(experts_TK: jax.Array, n_experts: int) -> Pairs:
@@ -72,17 +87,39 @@ def sort_pairs(experts_TK: jax.Array, n_experts: int) -> Pairs:
     return Pairs(order_N, place_N.reshape(experts_TK.shape), counts_E)
 
 
-def cut_blocks(pairs: Pairs, block_rows: int) -> Blocks:
-    """Cuts the sorted rows into blocks of ``block_rows``, ascending; an expert without rows has none."""
-    n_pairs, n_experts = pairs.order_N.size, pairs.counts_E.size
-    blocks_E = -(-pairs.counts_E // block_rows)
-    last_block_E, stop_E = jnp.cumsum(blocks_E), jnp.cumsum(pairs.counts_E)
-    block_C = jnp.arange(n_pairs // block_rows + min(n_experts, n_pairs), dtype=jnp.int32)
-    expert_C = jnp.searchsorted(last_block_E, block_C, side="right")
-    expert_C = jnp.minimum(expert_C, n_experts - 1).astype(jnp.int32)
-    nth_C = block_C - (last_block_E - blocks_E)[expert_C]
-    start_C = (stop_E - pairs.counts_E)[expert_C] + nth_C * block_rows
-    return Blocks(expert_C, start_C, stop_E[expert_C], last_block_E[-1])
+def align(pairs: Pairs, sizes: tuple[int, ...]) -> Aligned:
+    """Gives every expert whole blocks; no two blocks share a place.
+
+    Args:
+        pairs: the sorted pairs.
+        sizes: rows of a block, largest first, each a multiple of the last. An expert's rows, rounded up to
+            the last size, go into as many of the first size as fit, then of the second, and so on.
+    """
+    n_pairs, n_experts, least = pairs.order_N.size, pairs.counts_E.size, sizes[-1]
+    n_places = n_pairs + min(n_experts, n_pairs) * (least - 1) + 1
+    rounded_E = -(-pairs.counts_E // least) * least
+    start_E = jnp.cumsum(rounded_E) - rounded_E
+    stop_E = jnp.cumsum(pairs.counts_E)
+    sorted_N = jnp.arange(n_pairs, dtype=jnp.int32)
+    expert_N = jnp.minimum(jnp.searchsorted(stop_E, sorted_N, side="right"), n_experts - 1)
+    place_N = sorted_N + (start_E - stop_E + pairs.counts_E)[expert_N]
+    place_N = jnp.where(sorted_N < pairs.used, place_N, n_places - 1).astype(jnp.int32)
+    pair_P = jnp.zeros(n_places, jnp.int32).at[place_N].set(pairs.order_N)
+    filled_P = jnp.zeros(n_places, bool).at[place_N].set(True)
+    blocks, left_E, next_E = [], rounded_E, start_E
+    for rows in sizes:
+        blocks_E = left_E // rows
+        blocks.append(_number(blocks_E, next_E, rows, n_places // rows))
+        left_E, next_E = left_E - blocks_E * rows, next_E + blocks_E * rows
+    return Aligned(pair_P, filled_P, place_N[pairs.place_TK], tuple(blocks))
+
+
+def _number(blocks_E: jax.Array, first_E: jax.Array, rows: int, most: int) -> Blocks:
+    """The blocks of one size one after another: blocks_E[e] of them from place first_E[e] on."""
+    stop_E, block_C = jnp.cumsum(blocks_E), jnp.arange(max(most, 1), dtype=jnp.int32)
+    expert_C = jnp.minimum(jnp.searchsorted(stop_E, block_C, side="right"), blocks_E.size - 1)
+    start_C = first_E[expert_C] + (block_C - (stop_E - blocks_E)[expert_C]) * rows
+    return Blocks(expert_C.astype(jnp.int32), start_C.astype(jnp.int32), stop_E[-1])
 
 
 def weighted_sum(rows_PD: jax.Array, weights_TK: jax.Array | None, place_TK: jax.Array) -> jax.Array:

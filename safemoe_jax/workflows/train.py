@@ -86,19 +86,34 @@ def finetune(config: TrainConfig, *, model: Model | None = None, on_step: Sequen
         InputError: anything wrong with configuration, files or output folder, before anything is written;
             or a loss that is not finite, naming step and samples.
     """
+    plan, base, report = plan_run(config, model)
+    counts = f"{report['samples']} samples, {report['truncated']} truncated, {report['dropped']} left out"
+    say(config, f"{describe(plan.model_config)}; {counts}")
+    folder = open_folder(config, {"data": plan.pipeline.fingerprint, "data_report": report})
+    release = (lambda: None) if model is not None else (lambda: _delete(plan.weights.trainable))
+    return _run(plan, base, folder, report, on_step, release)
+
+
+def plan_run(config: TrainConfig, model: Model | None = None) -> tuple[Plan, Model, dict[str, Any]]:
+    """Everything that a run needs before its first step; nothing is written.
+
+    Args:
+        config, model: as in `finetune`.
+
+    Returns:
+        The plan, the model before training without adapters, and the report on the data.
+
+    Raises:
+        InputError: anything wrong with configuration, files or output folder.
+    """
     validate(config)
     defenses.check_name(config.defence)
     check_folder(config)
     mesh = make_mesh(config.mesh)
     base = _base_model(config, model, mesh)
     check_mesh(base.config, mesh)
-    references = _references(config, base)
-    plan, report = _plan(config, base, mesh, references)
-    counts = f"{report['samples']} samples, {report['truncated']} truncated, {report['dropped']} left out"
-    say(config, f"{describe(plan.model_config)}; {counts}")
-    folder = open_folder(config, {"data": plan.pipeline.fingerprint, "data_report": report})
-    release = (lambda: None) if model is not None else (lambda: _delete(plan.weights.trainable))
-    return _run(plan, base, folder, report, on_step, release)
+    plan, report = _plan(config, base, mesh, _references(config, base))
+    return plan, base, report
 
 
 def say(config: TrainConfig, text: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.expert_blocks import choose_block_rows
-from safemoe_jax.models.expert_layout import cut_blocks, sort_pairs
+from safemoe_jax.models.expert_layout import align, sort_pairs
 from safemoe_jax.models.grouped_matmul import KERNELS, choose_kernel, expert_ffn
 
 D, F, E, K, L = 16, 8, 4, 2, 3
@@ -151,7 +151,8 @@ def test_forward_alone_keeps_no_activations():
     def forward(*arrays):
         return expert_ffn(*arrays, first_group=0, n_experts=E, kernel="blocks")
 
-    buffers = 512 * K * D * 4  # one output row a pair, float32
+    places = 512 * K + E * 64  # a row a pair, and each expert's padding
+    buffers = places * D * 4
     temporary = jax.jit(forward).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
     assert temporary < buffers + 512 * K * F * 4
 
@@ -170,30 +171,30 @@ def test_stack_of_layers_is_neither_copied_nor_converted(dtype):
     assert compiled.memory_analysis().temp_size_in_bytes < smallest_copy
 
 
-@pytest.mark.parametrize("block_rows", [1, 8, 64])
-def test_blocks_cover_every_row_once(block_rows):
-    experts_TK = np.random.default_rng(11).integers(0, 7, size=(50, 3)).astype(np.int32)
-    experts_TK[experts_TK == 5] = 6  # expert 5 gets nothing
-    pairs = sort_pairs(jnp.asarray(experts_TK), 7)
-    blocks = cut_blocks(pairs, block_rows)
-    covered = []
-    for block in range(int(blocks.in_use)):
-        start = int(blocks.start_C[block])
-        places = range(start, min(start + block_rows, int(blocks.stop_C[block])))
-        assert len(places) > 0
-        assert {int(experts_TK.reshape(-1)[pairs.order_N[p]]) for p in places} == {
-            int(blocks.expert_C[block])
-        }
-        covered += places
-    assert covered == list(range(150))
-    places = np.asarray(pairs.place_TK).reshape(-1)
-    np.testing.assert_array_equal(np.asarray(pairs.order_N)[places], np.arange(150))
+@pytest.mark.parametrize("sizes", [(1,), (8,), (16, 4), (8, 4, 2)])
+def test_blocks_cover_every_row_once(sizes):
+    experts_TK = np.random.default_rng(11).integers(0, 8, size=(50, 3)).astype(np.int32)
+    experts_TK[experts_TK == 5] = 6  # expert 5 gets nothing, and 7 is none of the seven
+    layout = align(sort_pairs(jnp.asarray(experts_TK), 7), sizes)
+    flat, covered, taken = experts_TK.reshape(-1), [], []
+    for rows, blocks in zip(sizes, layout.blocks, strict=True):
+        for block in range(int(blocks.in_use)):
+            start = int(blocks.start_C[block])
+            own = [p for p in range(start, start + rows) if layout.filled_P[p]]
+            assert own and {int(flat[layout.pair_P[p]]) for p in own} == {int(blocks.expert_C[block])}
+            covered += own
+            taken += range(start, start + rows)
+    assert len(set(taken)) == len(taken) and layout.pair_P.size - 1 not in taken
+    pairs, places = np.asarray(layout.pair_P)[covered], np.asarray(layout.place_TK).reshape(-1)
+    np.testing.assert_array_equal(np.sort(pairs), np.flatnonzero(flat < 7))
+    np.testing.assert_array_equal(places[pairs], covered)
+    assert (places[flat == 7] == layout.pair_P.size - 1).all()
 
 
 def test_block_rows_follow_the_share_of_an_expert():
-    decoding, training = choose_block_rows(32 * 8, 64), choose_block_rows(2048 * 8, 64)
-    assert decoding == 8
-    assert training == 64
+    assert choose_block_rows(32 * 8, 64) == (8,)  # decoding
+    assert choose_block_rows(512 * 8, 64) == (64,)
+    assert choose_block_rows(2048 * 8, 64) == (256, 128, 64)  # training
 
 
 def test_kernel_follows_platform_and_size():
