@@ -74,6 +74,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         rope=RopeConfig(theta=rope_theta(raw, 10000.0)),
         clip_qkv=read(raw, "clip_qkv", float, None),
         attention_bias=read(raw, "attention_bias", bool, False),
+        output_bias=read(raw, "attention_bias", bool, False),
         qk_norm="full",
         norm_topk_prob=read(raw, "norm_topk_prob", bool, False),
         tie_embeddings=read(raw, "tie_word_embeddings", bool, False),

@@ -43,7 +43,9 @@ class Attention(nnx.Module):
         self.q_proj = Linear("q_proj", d_model, q_width, ("embed", "heads"), **options)
         self.k_proj = Linear("k_proj", d_model, kv_width, ("embed", "kv_heads"), **options)
         self.v_proj = Linear("v_proj", d_model, kv_width, ("embed", "kv_heads"), **options)
-        self.o_proj = Linear("o_proj", q_width, d_model, ("heads", "embed"), **options)
+        self.o_proj = Linear(
+            "o_proj", q_width, d_model, ("heads", "embed"), lora=config.lora, bias=config.output_bias
+        )
         has_norm = config.qk_norm == "full"
         self.q_norm = RMSNorm(q_width, config.norm_eps, "heads") if has_norm else None
         self.k_norm = RMSNorm(kv_width, config.norm_eps, "kv_heads") if has_norm else None
