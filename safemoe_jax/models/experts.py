@@ -17,6 +17,8 @@ from safemoe_jax.models.router import Router, choose_experts
 
 GATE_UP_TARGET = "mlp.experts.gate_up_proj"
 DOWN_TARGET = "mlp.experts.down_proj"
+EXPERT_STACKS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+"""Parameters of `Experts` with one entry an expert; the kernels read a stack of layers [R * E, ...] in place."""
 
 
 class Experts(nnx.Module):
