@@ -103,6 +103,7 @@ class RoutingConfig:
         group_score: "max" or "top2" (sum of the two best), what groups are compared by.
         scale: factor of the combine weights.
         weight_floor: added to the sum that renormalisation divides by.
+        weight_min: the least that renormalisation divides by (ernie4_5_moe).
         jitter: sparsemixer's threshold.
     """
 
@@ -114,6 +115,7 @@ class RoutingConfig:
     group_score: str = "max"
     scale: float = 1.0
     weight_floor: float = 0.0
+    weight_min: float = 0.0
     jitter: float = 0.0
 
 
@@ -173,6 +175,7 @@ class ModelConfig:
         shared_dim: inner width of the shared expert, or 0.
         shared_gate: the shared expert's output is multiplied by the sigmoid of a learned gate.
         dense_dim: inner width of a dense layer's feed-forward.
+        mlp_bias: biases on the projections of dense layers and of the shared expert.
         embedding_scale, residual_scale, logits_divisor: granite's multipliers.
         tie_embeddings: the output projection is the embedding table.
         lm_head_bias: bias of the output projection.
@@ -211,6 +214,7 @@ class ModelConfig:
     shared_dim: int = 0
     shared_gate: bool = False
     dense_dim: int = 0
+    mlp_bias: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_divisor: float = 1.0

@@ -18,10 +18,10 @@ class FeedForward(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, width: int) -> None:
-        d, lora = config.d_model, config.lora
-        self.gate_proj = Linear("gate_proj", d, width, ("embed", "mlp"), lora=lora)
-        self.up_proj = Linear("up_proj", d, width, ("embed", "mlp"), lora=lora)
-        self.down_proj = Linear("down_proj", width, d, ("mlp", "embed"), lora=lora)
+        d, options = config.d_model, {"lora": config.lora, "bias": config.mlp_bias}
+        self.gate_proj = Linear("gate_proj", d, width, ("embed", "mlp"), **options)
+        self.up_proj = Linear("up_proj", d, width, ("embed", "mlp"), **options)
+        self.down_proj = Linear("down_proj", width, d, ("mlp", "embed"), **options)
 
     def __call__(self, x_XD: jax.Array) -> jax.Array:
         """Applies the layer along the last axis, in the input's dtype."""
