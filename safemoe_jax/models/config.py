@@ -103,8 +103,11 @@ class RoutingConfig:
         group_score: "max" or "top2" (sum of the two best), what groups are compared by.
         scale: factor of the combine weights.
         weight_floor: added to the sum that renormalisation divides by.
+        smallest_sum: the least that renormalisation divides by.
         weight_min: the least that renormalisation divides by (ernie4_5_moe).
         jitter: sparsemixer's threshold.
+        float32_logits: the router computes in float32 even where activations are bfloat16.
+        float32_weights: combine weights stay float32 there.
     """
 
     kind: str = "softmax"
@@ -171,6 +174,7 @@ class ModelConfig:
         norm_topk_prob: renormalise the chosen experts' probabilities to sum to 1.
         routing: how experts are chosen.
         activation: "silu" (SwiGLU), or "clamped" (gpt_oss: clamped, shifted, sigmoid of 1.702).
+        activation_limit, activation_alpha: the clamp of "clamped" and the slope of its sigmoid.
         expert_bias: biases on the experts' projections.
         shared_dim: inner width of the shared expert, or 0.
         shared_gate: the shared expert's output is multiplied by the sigmoid of a learned gate.
@@ -210,6 +214,8 @@ class ModelConfig:
     norm_topk_prob: bool = False
     routing: RoutingConfig = RoutingConfig()
     activation: str = "silu"
+    activation_limit: float = 7.0
+    activation_alpha: float = 1.702
     expert_bias: bool = False
     shared_dim: int = 0
     shared_gate: bool = False
