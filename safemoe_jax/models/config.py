@@ -104,7 +104,6 @@ class RoutingConfig:
         scale: factor of the combine weights.
         weight_floor: added to the sum that renormalisation divides by.
         smallest_sum: the least that renormalisation divides by.
-        weight_min: the least that renormalisation divides by (ernie4_5_moe).
         jitter: sparsemixer's threshold.
         float32_logits: the router computes in float32 even where activations are bfloat16.
         float32_weights: combine weights stay float32 there.
@@ -118,8 +117,10 @@ class RoutingConfig:
     group_score: str = "max"
     scale: float = 1.0
     weight_floor: float = 0.0
-    weight_min: float = 0.0
+    smallest_sum: float = 0.0
     jitter: float = 0.0
+    float32_logits: bool = False
+    float32_weights: bool = False
 
 
 @dataclass(frozen=True)
