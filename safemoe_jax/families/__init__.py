@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from safemoe_jax.errors import InputError
-from safemoe_jax.families import olmoe
+from safemoe_jax.families import (
+    granitemoe,
+    llama,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from safemoe_jax.families.family import Family
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (olmoe.FAMILY,)}
+_ALL = (
+    olmoe.FAMILY,
+    qwen2_moe.FAMILY,
+    qwen3_moe.FAMILY,
+    mixtral.FAMILY,
+    granitemoe.FAMILY,
+    llama.FAMILY,
+    qwen3.FAMILY,
+)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 
 def family_of(model_type: object, where: str = "config.json") -> Family:

@@ -16,10 +16,11 @@ from safemoe_jax.evaluation.generate import generate
 from safemoe_jax.model import load_pretrained
 from safemoe_jax.models import LoraConfig
 from safemoe_jax.models.lora import add_adapters
-from safemoe_jax.models.router import choose_experts
 from tests.parity.families.harness import (
+    by_expert,
     copied,
     loss_and_gradients,
+    our_choice,
     our_layer_outputs,
     reload,
     their_logits,
@@ -66,10 +67,11 @@ def test_router_logits(pair):
 
 def test_chosen_experts_and_combine_weights(pair):
     """The rule alone: chosen from transformers' own router logits."""
-    config, real = pair.ours.config, pair.want.attention_mask.astype(bool)
-    weights, experts = choose_experts(pair.want.router_logits, config.top_k, config.norm_topk_prob)
-    np.testing.assert_array_equal(np.asarray(experts)[:, real], pair.want.experts[:, real])
-    close(weights, pair.want.combine_weights, real, atol=1e-5)
+    real = pair.want.attention_mask.astype(bool)
+    weights, experts = by_expert(*our_choice(pair.ours, pair.want.router_logits))
+    want_weights, want_experts = by_expert(pair.want.combine_weights, pair.want.experts)
+    np.testing.assert_array_equal(experts[:, real], want_experts[:, real])
+    close(weights, want_weights, real, atol=1e-5)
 
 
 def test_output_of_every_layer(pair, monkeypatch):

@@ -3,7 +3,8 @@
 Norms, biases and sinks are random and eps is large, so that a wrong one shows. A seed under which rounding
 could swap two experts or two tokens is rejected, for such a swap would say nothing about either side.
 
-Legend: B rows, T positions, L MoE layers, E experts, K chosen experts, N all layers, D model width, V vocabulary.
+Legend: B rows, T positions, L MoE layers, E experts, K chosen experts, N all layers, D model
+width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,8 +24,23 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from safemoe_jax.model import Model, load_pretrained
 from safemoe_jax.models import transformer
+from safemoe_jax.models.layer import Layer
 from safemoe_jax.models.params import Weights
+from safemoe_jax.models.router import choose_experts
 
+# Fields that a family's tiny configs start from.
+TINY = dict(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    rms_norm_eps=0.02,
+    initializer_range=0.25,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 LENGTHS = (24, 17, 9, 2)
 NEW_TOKENS = 32
 LEAST_MARGIN = 2e-4
@@ -178,7 +194,7 @@ def compute(model: PreTrainedModel, seed: int) -> Expected:
 
 
 class Routed(NamedTuple):
-    """One router's call: raw logits [B * T, E], combine weights and indices [B * T, K], largest logit first."""
+    """One router's call: raw logits [B * T, E], combine weights and indices of the experts [B * T, K]."""
 
     logits: torch.Tensor
     weights: torch.Tensor
@@ -295,23 +311,52 @@ def copied(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model)
 
 
+def our_choice(model: Model, router_logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Combine weights and experts [L, B, T, K] that our rule makes of any router logits [L, B, T, E]."""
+    chosen = [
+        choose_experts(jnp.asarray(logits), model.config, correction)
+        for logits, correction in zip(router_logits, corrections(model), strict=True)
+    ]
+    if not chosen:
+        return np.zeros((*router_logits.shape[:-1], 0)), np.zeros((*router_logits.shape[:-1], 0), np.int32)
+    weights, experts = zip(*chosen, strict=True)
+    return np.stack(weights), np.stack(experts)
+
+
+def by_expert(weights: np.ndarray, experts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both in the order of the experts' numbers: in which order they were found says nothing."""
+    order = np.argsort(experts, axis=-1)
+    return np.take_along_axis(weights, order, axis=-1), np.take_along_axis(experts, order, axis=-1)
+
+
+def corrections(model: Model) -> list[jax.Array | None]:
+    """The correction bias [E] of every MoE layer, in order, or None where the family has none."""
+    return [
+        model.params[name][repeat] if name in model.params else None
+        for name, repeat in (
+            (f"segments.{s}.{p}.moe.router.correction_bias", repeat)
+            for s, segment in enumerate(model.config.segments)
+            for repeat in range(segment.repeats)
+            for p, kind in enumerate(segment.pattern)
+            if kind == "moe"
+        )
+    ]
+
+
 def our_layer_outputs(model: Model, tokens: np.ndarray, mask: np.ndarray, monkeypatch) -> np.ndarray:
     """The output of every layer, [N, B, T, D]: the last sublayer of a layer is listened to."""
     heard: list[np.ndarray] = []
-    experts = transformer.Layer.experts
+    feed_forward = Layer.feed_forward
 
     def listening(self, *args, **kwargs):
-        x_BTD, logits = experts(self, *args, **kwargs)
+        x_BTD, logits = feed_forward(self, *args, **kwargs)
         jax.debug.callback(lambda value: heard.append(np.array(value)), x_BTD, ordered=True)
         return x_BTD, logits
 
-    monkeypatch.setattr(transformer.Layer, "experts", listening)
+    monkeypatch.setattr(Layer, "feed_forward", listening)
+    ids, attention = jnp.asarray(tokens), jnp.asarray(mask)
     out = transformer.forward(
-        model.config,
-        model.weights,
-        jnp.asarray(tokens),
-        attention_mask=jnp.asarray(mask),
-        compute=model.compute,
+        model.config, model.weights, ids, attention_mask=attention, compute=model.compute
     )
     jax.block_until_ready(out)
     jax.effects_barrier()

@@ -5,22 +5,9 @@ from __future__ import annotations
 from transformers import OlmoeConfig
 
 from tests.parity.families.facts import *  # noqa: F403 - every fact is a test of this file
-from tests.parity.families.harness import Variant
+from tests.parity.families.harness import TINY, Variant
 
-BASE = dict(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=16,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_experts=8,
-    num_experts_per_tok=2,
-    rms_norm_eps=0.02,
-    initializer_range=0.25,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    eos_token_id=None,
-)
+BASE = TINY | dict(intermediate_size=16, num_experts=8, num_experts_per_tok=2)
 
 
 def published() -> OlmoeConfig:
