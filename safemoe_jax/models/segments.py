@@ -15,13 +15,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from safemoe_jax.models.attention import Row, Traits
 from safemoe_jax.models.config import Compute, ModelConfig, Segment
+from safemoe_jax.models.experts import EXPERT_STACKS
 from safemoe_jax.models.kv_cache import Cache, LayerCache
 from safemoe_jax.models.layer import Layer
 from safemoe_jax.models.params import Params, Weights, bind
 from safemoe_jax.parallel.mesh import constrain
 
 ACTIVATION_AXES = ("batch", None, None)
-_EXPERT_STACKS = tuple(f"moe.experts.{name}" for name in ("gate", "up", "down"))
+_EXPERT_STACKS = tuple(f"moe.experts.{name}" for name in EXPERT_STACKS)
 _UNLIMITED = 2**30
 
 
@@ -168,7 +169,7 @@ def _bind_layer(
     """
     arrays, first_group = dict(trainable), 0
     for name, stack in frozen.items():
-        if name in _EXPERT_STACKS and stack.ndim == 3:
+        if name in _EXPERT_STACKS and stack.ndim == (2 if name.endswith("_bias") else 3):
             arrays[name], first_group = stack, repeat * config.n_experts
         else:
             layer_slice = jax.lax.dynamic_index_in_dim(stack, repeat, keepdims=False)
