@@ -19,8 +19,8 @@ class LoraConfig:
     Attributes:
         rank: rank of the update.
         alpha: the update is scaled by alpha / rank.
-        targets: projections that get an adapter: q_proj, k_proj, v_proj, o_proj, gate (the router, only when
-            named), mlp.experts.gate_up_proj, mlp.experts.down_proj.
+        targets: projections that get an adapter, by the last part of their name (`models.lora.TARGETS`):
+            q_proj, v_proj, ..., down_proj, gate (the router, only when named), mlp.experts.gate_up_proj, ...
     """
 
     rank: int = 8

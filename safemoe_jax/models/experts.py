@@ -33,11 +33,11 @@ class Experts(nnx.Module):
         self.gate = nnx.Param(ParamSpec((n, d, f), ("expert", "embed", "mlp")))
         self.up = nnx.Param(ParamSpec((n, d, f), ("expert", "embed", "mlp")))
         self.down = nnx.Param(ParamSpec((n, f, d), ("expert", "mlp", "embed")))
-        self.gate_bias = self.up_bias = self.down_bias = None
-        if config.expert_bias:
-            self.gate_bias = nnx.Param(ParamSpec((n, f), ("expert", "mlp"), "zeros"))
-            self.up_bias = nnx.Param(ParamSpec((n, f), ("expert", "mlp"), "zeros"))
-            self.down_bias = nnx.Param(ParamSpec((n, d), ("expert", "embed"), "zeros"))
+        wide = ParamSpec((n, f), ("expert", "mlp"), "zeros")
+        narrow = ParamSpec((n, d), ("expert", "embed"), "zeros")
+        self.gate_bias = nnx.Param(wide) if config.expert_bias else None
+        self.up_bias = nnx.Param(wide) if config.expert_bias else None
+        self.down_bias = nnx.Param(narrow) if config.expert_bias else None
         self.n_experts = n
         self.activation = Activation(config.activation, config.activation_limit, config.activation_alpha)
         self.scale_input = config.routing.kind == "sigmoid_input"
@@ -120,11 +120,7 @@ class MoE(nnx.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         self.shared = FeedForward(config, config.shared_dim) if config.shared_dim else None
-        self.shared_gate = None
-        if config.shared_dim and config.shared_gate:
-            self.shared_gate = Linear(
-                "shared_expert_gate", config.d_model, 1, ("embed", None), lora=config.lora
-            )
+        self.shared_gate = _shared_gate(config) if config.shared_dim and config.shared_gate else None
         self.config = config
 
     def __call__(
@@ -171,6 +167,10 @@ def platform(compute: Compute) -> str:
     if compute.mesh is not None:
         return compute.mesh.devices.flat[0].platform
     return jax.default_backend()
+
+
+def _shared_gate(config: ModelConfig) -> Linear:
+    return Linear("shared_expert_gate", config.d_model, 1, ("embed", None), lora=config.lora)
 
 
 def _expert_lora(lora: LoraConfig | None) -> LoraConfig | None:

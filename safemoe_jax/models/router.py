@@ -23,9 +23,8 @@ class Router(Linear):
         super().__init__(
             "gate", config.d_model, n_experts, ("embed", "router"), lora=config.lora, bias=routing.bias
         )
-        self.correction_bias = None
-        if routing.correction_bias:
-            self.correction_bias = nnx.Param(ParamSpec((n_experts,), ("router",), "zeros"))
+        correction = ParamSpec((n_experts,), ("router",), "zeros")
+        self.correction_bias = nnx.Param(correction) if routing.correction_bias else None
         self.in_float32 = routing.float32_logits
 
     def __call__(self, x_XD: jax.Array) -> jax.Array:
