@@ -306,6 +306,37 @@ def reload(folder: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedMo
     return model.eval(), info
 
 
+def decided(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that knows what it wants to say, as trained models do: its logits have margins.
+
+    Tokens far from one another, each followed by one other. A model of random logits only measures how often
+    two random numbers are closer than a rounding error.
+    """
+    model = copied(model)
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight.normal_(0.0, 4.0)
+        if not model.config.get_text_config().tie_word_embeddings:
+            model.get_output_embeddings().weight.copy_(embedding.roll(1, dims=0) * 0.1)
+    return model
+
+
+def agreement(ours: Model, theirs: PreTrainedModel, rows: int = 32) -> tuple[float, float]:
+    """Shares of real tokens with the same best token, and of chosen experts that both chose."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, max(LENGTHS) + 1, rows)
+    mask = (np.arange(max(LENGTHS)) < lengths[:, None]).astype(np.int32)
+    tokens = rng.integers(1, ours.config.vocab_size, mask.shape).astype(np.int32) * mask
+    real = mask.astype(bool)
+    with recorded(theirs, check=False) as (routed, _):
+        want = their_logits(theirs, tokens, mask)
+    out = ours(tokens, mask)
+    same_token = np.asarray(out.logits).argmax(-1) == want.argmax(-1)
+    _, experts = our_choice(ours, np.asarray(out.router_logits))
+    want_experts = _routing(routed, mask.shape)[2]
+    shared = (experts[..., :, None] == want_experts[..., None, :]).any(-1)[:, real]
+    return float(same_token[real].mean()), float(shared.mean()) if shared.size else 1.0
+
+
 def copied(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that PEFT may wrap."""
     return copy.deepcopy(model)
