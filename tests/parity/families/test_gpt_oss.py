@@ -1,4 +1,4 @@
-"""gpt-oss against transformers: bfloat16 layout here, MXFP4 in tests/parity/test_mxfp4_parity.py."""
+"""gpt-oss against transformers: bfloat16 layout here, MXFP4 in tests/parity/test_published_layouts_parity.py."""
 
 from __future__ import annotations
 

@@ -32,15 +32,16 @@ def longrope(short: float, long: float, original: int) -> dict:
         "short_mscale": short,
         "long_mscale": long,
         "original_max_position_embeddings": original,
+        "attention_factor": 9.0,  # phimoe takes the multipliers above in its place
     }
 
 
 def published() -> PhimoeConfig:
-    """Phi-3.5-MoE: biases on the projections and on the output, one multiplier at every length."""
+    """Phi-3.5-MoE: biases on the projections and on the output; never past the original context."""
     return PhimoeConfig(
         **BASE,
         initializer_range=0.25,
-        rope_parameters=longrope(1.243163, 1.243163, 16),
+        rope_parameters=longrope(1.243163, 2.0, 96),
         sliding_window=128,
         attention_bias=True,
         lm_head_bias=True,
@@ -49,11 +50,11 @@ def published() -> PhimoeConfig:
 
 
 def everything() -> PhimoeConfig:
-    """Every other switch: no biases, tied, a window, a wide threshold, the long multiplier."""
+    """Every other switch: no biases, tied, a window, a wide threshold, always past the context."""
     return PhimoeConfig(
         **BASE | dict(num_key_value_heads=4),
         initializer_range=0.25,
-        rope_parameters=longrope(1.1, 1.4, 2),
+        rope_parameters=longrope(2.0, 1.4, 1),
         sliding_window=5,
         tie_word_embeddings=True,
         router_jitter_noise=0.3,
