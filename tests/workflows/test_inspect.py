@@ -14,7 +14,7 @@ from safemoe_jax.checkpoints.safetensors_files import Reader
 from safemoe_jax.families.olmoe import read_config
 from safemoe_jax.models import LayerConfig, declare
 from safemoe_jax.models.params import count
-from safemoe_jax.workflows.inspect import active_parameters, layer_pattern, lora_targets
+from safemoe_jax.workflows.inspect import active_parameters, adapted_projections, layer_pattern
 from tests.evaluation.folders import write_model
 
 PUBLISHED = {  # what decides sizes in the published OLMoE-1B-7B-0125
@@ -162,7 +162,7 @@ def test_a_token_uses_all_parameters_where_it_is_sent_to_all_experts():
 def test_targets_are_those_that_training_takes():
     """Every target named is accepted and adapts as many projections as is said."""
     config = read_config(PUBLISHED | {"num_hidden_layers": 3})
-    targets = lora_targets(config)
+    targets = adapted_projections(config)
     assert targets["q_proj"] == targets["gate"] == targets["mlp.experts.gate_up_proj"] == 3
     assert not {"kv_a_proj_with_mqa", "lm_head", "up", "input_norm"} & set(targets)
 
