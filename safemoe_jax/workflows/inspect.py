@@ -151,8 +151,9 @@ def weight_facts(folder: Path, config: ModelConfig, specs: Mapping[str, ParamSpe
         total = _indexed_bytes(folder)
         return {"source": "none" if total is None else "index", "bytes": total, "dtypes": None}
     entries = list_checkpoint(folder)
-    shapes = {name: entry.shape for name, entry in entries.items()}
-    resolve(config, family_of(config.family).table, specs, shapes, str(folder))
+    table = family_of(config.family).table
+    shapes = {table.plain_name(name): entry.shape for name, entry in entries.items()}
+    resolve(config, table, specs, shapes, str(folder))
     dtypes: dict[str, int] = {}
     for entry in entries.values():
         size = math.prod(entry.shape) * entry.dtype.itemsize
