@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from safemoe_jax.checkpoints.atomic import new_folder
-from safemoe_jax.checkpoints.reading import THREADS, check_tied, load_param, stored_dtype, target_dtype
-from safemoe_jax.checkpoints.safetensors_files import Entry, Planned, Reader, list_tensors, write
+from safemoe_jax.checkpoints.reading import Loader, check_tied, stored_dtype, target_dtype
+from safemoe_jax.checkpoints.safetensors_files import Entry, Planned, list_tensors, write
 from safemoe_jax.errors import InputError
 from safemoe_jax.families import family_of
-from safemoe_jax.families.tensor_table import Piece, TensorTable, by_tensor, left_out, published, resolve
+from safemoe_jax.families.tensor_table import Piece, Row, TensorTable, by_tensor, left_out, published, resolve
 from safemoe_jax.models.config import ModelConfig, check_mesh
 from safemoe_jax.models.params import Params, shardings
 from safemoe_jax.models.transformer import declare
@@ -208,24 +207,20 @@ def load_params(
     entries = _without_prefixes(table, list_checkpoint(folder))
     plan = resolve(config, table, specs, {name: entry.shape for name, entry in entries.items()}, str(folder))
     placed = shardings(specs, mesh) if mesh is not None else {}
-    with Reader() as reader, ThreadPoolExecutor(THREADS) as pool:
-        check_tied(reader, (table.tied or {}) if config.tie_embeddings else {}, entries)
+    with Loader(entries) as loader:
+        check_tied(loader.reader, (table.tied or {}) if config.tie_embeddings else {}, entries)
         params = {
-            name: load_param(
-                reader,
-                pool,
-                entries,
-                specs[name],
-                places,
-                np.dtype(np.float32)
-                if table.row(name).float32
-                else target_dtype(stored_dtype(entries, places[0]), dtype),
-                placed.get(name),
+            name: loader.load(
+                specs[name], places, _dtype(table.row(name), entries, places[0], dtype), placed.get(name)
             )
             for name, places in plan.items()
         }
     _tell(left_out(config, table, list(entries)), plan, entries, time.perf_counter() - started)
     return params
+
+
+def _dtype(row: Row, entries: Mapping[str, Entry], piece: Piece, wanted: str | None) -> np.dtype:
+    return np.dtype(np.float32) if row.float32 else target_dtype(stored_dtype(entries, piece), wanted)
 
 
 def _without_prefixes(table: TensorTable, entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -1,9 +1,19 @@
 """LoRA adapters in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`), in and out.
 
-Names and layouts as PEFT 0.21 writes them. Projections: `lora_A.weight` [r, in], `lora_B.weight` [out, r].
-Expert matrices are adapted as parameters (`target_parameters`), whose factors hold all experts: A is
-[E * r, in], expert-major, B is [out, r * E], expert-minor. PEFT nests the wrappers of two parameters of one
-module: the first one's factors (gate_up_proj) then go under `base_layer`.
+Names and layouts as PEFT 0.21 writes them, after the modules that transformers 5 has in memory. Projections:
+`lora_A.weight` [r, in], `lora_B.weight` [out, r]. Experts and routers are bare parameters there
+(`target_parameters`). An expert parameter's factors hold all experts: A is [E * r, in], expert-major, B is
+[out, r * E], expert-minor. PEFT nests the wrappers of two parameters of one module: the first one's factors
+(gate_up_proj) then go under `base_layer`. gpt_oss interleaves gate and up in B; for llama4 PEFT takes inputs
+for outputs, which exchanges the two factors.
+
+vLLM reads the same folder. Its loader (vllm/lora/lora_model.py, peft_helper.py) wants names that begin with
+`base_model.model.` and end with `.lora_A.weight` or `.lora_B.weight`, `target_modules` in the config, no
+`modules_to_save`, no DoRA, and refuses a module that the model cannot adapt. It takes adapters of attention
+projections for qwen2_moe, qwen3_moe, mixtral, deepseek_v2, deepseek_v3, gpt_oss, phimoe, llama4, granitemoe,
+glm4_moe, ernie4_5_moe, llama and qwen3 by its table of supported models, and none for olmoe: merge those.
+Adapters of experts in the layout above it takes where its model has fused expert weights (gpt_oss); for the
+other families, and for adapters of routers, merge too.
 
 Legend: R layers of a segment, E experts, D inputs, O outputs, r rank.
 """

@@ -1,9 +1,10 @@
 """Parameters from the tensors of a checkpoint, straight into the devices' shardings.
 
-A parameter, or a device's share of it, is assembled in one host buffer that keeps the disk's order of axes,
-so that bytes go from the file to their place without a further copy; JAX transposes while it moves the
-buffer to the device. The blocks of a buffer are read by several threads. Never more than one buffer a
-distinct share of one parameter is on the host.
+A parameter, or a device's share of it, is assembled in a host buffer that keeps the disk's order of axes, so
+that bytes go from the file to their place without a further copy; JAX transposes while it moves the buffer to
+the device. Several threads read the blocks of a share. There is one buffer, as large as the largest share,
+and it serves all of them: memory that is new to a process costs more time than reading a file that the
+system has at hand.
 
 Legend: E experts, O outputs, I inputs, G groups of 32 inputs that share a scale.
 """
@@ -11,6 +12,7 @@ Legend: E experts, O outputs, I inputs, G groups of 32 inputs that share a scale
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,33 +37,81 @@ _NOT_A_SCALE = 255
 _SCALES = np.ldexp(np.float32(1), np.arange(_NOT_A_SCALE) - 127)
 
 
-def load_param(
-    reader: Reader,
-    pool: ThreadPoolExecutor,
-    entries: Entries,
-    spec: ParamSpec,
-    places: Sequence[Piece],
-    dtype: np.dtype,
-    sharding: jax.sharding.Sharding | None,
-) -> jax.Array:
-    """One parameter, on the default device or in a sharding; then only this process's shares are read.
+class Loader:
+    """Reads parameters, one share at a time. Use it as a context, which holds threads and open files.
 
-    Raises:
-        InputError: a tensor holds NaN or infinite values, or its file is too short.
+    Args:
+        entries: the checkpoint's tensors.
     """
-    if sharding is None:
-        whole = [slice(0, n) for n in spec.shape]
-        return jax.block_until_ready(jax.device_put(read_share(reader, pool, entries, places, whole, dtype)))
-    read: dict[tuple, np.ndarray] = {}
 
-    def fetch(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(part.indices(n)[:2] for part, n in zip(index, spec.shape, strict=True))
-        if bounds not in read:
-            share = [slice(*b) for b in bounds]
-            read[bounds] = read_share(reader, pool, entries, places, share, dtype)
-        return read[bounds]
+    def __init__(self, entries: Entries) -> None:
+        self.entries = entries
+        self.reader = Reader()
+        self._pool = ThreadPoolExecutor(THREADS)
+        self._buffer = np.empty(0, np.uint8)
 
-    return jax.block_until_ready(jax.make_array_from_callback(spec.shape, sharding, fetch))
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self.reader.__exit__()
+
+    def load(
+        self,
+        spec: ParamSpec,
+        places: Sequence[Piece],
+        dtype: np.dtype,
+        sharding: jax.sharding.Sharding | None,
+    ) -> jax.Array:
+        """One parameter, on the default device or in a sharding; then only this process's shares are read.
+
+        Raises:
+            InputError: a tensor holds NaN or infinite values, or its file is too short.
+        """
+        if sharding is None:
+            share = self.read_share(places, [slice(0, n) for n in spec.shape], dtype)
+            return jax.block_until_ready(jax.device_put(share))
+        devices: dict[tuple, list[jax.Device]] = {}
+        for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+            bounds = tuple(part.indices(n)[:2] for part, n in zip(index, spec.shape, strict=True))
+            devices.setdefault(bounds, []).append(device)
+        shares = []
+        for bounds, holders in devices.items():
+            share = self.read_share(places, [slice(*b) for b in bounds], dtype)
+            shares += jax.block_until_ready([jax.device_put(share, d) for d in holders])
+        return jax.make_array_from_single_device_arrays(spec.shape, sharding, shares)
+
+    def read_share(self, places: Sequence[Piece], index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
+        """A block of a parameter, assembled from the disk tensors that it covers.
+
+        Returns:
+            An array of the block's shape. In memory its last two axes are swapped where they are on disk;
+            then it lies in the buffer, and the next call overwrites it.
+        """
+        swapped = places[0].source.transpose
+        shape = [part.stop - part.start for part in index]
+        if swapped:
+            shape[-1], shape[-2] = shape[-2], shape[-1]
+        share = self._room(shape, dtype, swapped)
+        out = share.swapaxes(-1, -2) if swapped else share
+
+        def read_job(job: tuple[Piece, tuple[slice, ...], np.ndarray]) -> None:
+            _read_block(self.reader, self.entries, *job)
+
+        for _ in self._pool.map(read_job, _jobs(places, index, out)):
+            pass
+        return out
+
+    def _room(self, shape: Sequence[int], dtype: np.dtype, swapped: bool) -> np.ndarray:
+        """Memory for a share: the buffer where JAX must copy from it, its own where JAX may keep it."""
+        if not swapped or 1 in shape[-2:]:
+            return np.empty(shape, dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > self._buffer.size:
+            self._buffer = np.empty(0, np.uint8)  # the old one goes before the new one comes
+            self._buffer = np.empty(nbytes, np.uint8)
+        return self._buffer[:nbytes].view(dtype).reshape(shape)
 
 
 def stored_dtype(entries: Entries, piece: Piece) -> np.dtype:
@@ -74,34 +124,6 @@ def target_dtype(stored: np.dtype, wanted: str | None) -> np.dtype:
     if wanted is None:
         return stored if stored == ml_dtypes.bfloat16 else np.dtype(np.float32)
     return np.dtype(jnp.dtype(wanted))
-
-
-def read_share(
-    reader: Reader,
-    pool: ThreadPoolExecutor,
-    entries: Entries,
-    places: Sequence[Piece],
-    index: Sequence[slice],
-    dtype: np.dtype,
-) -> np.ndarray:
-    """A block of a parameter, assembled from the disk tensors that it covers.
-
-    Returns:
-        An array of the block's shape; in memory its last two axes are swapped where they are on disk.
-    """
-    swapped = places[0].source.transpose
-    shape = [part.stop - part.start for part in index]
-    if swapped:
-        shape[-1], shape[-2] = shape[-2], shape[-1]
-    buffer = np.empty(shape, dtype)
-    out = buffer.swapaxes(-1, -2) if swapped else buffer
-
-    def read_job(job: tuple[Piece, tuple[slice, ...], np.ndarray]) -> None:
-        _read_block(reader, entries, *job)
-
-    for _ in pool.map(read_job, _jobs(places, index, out)):
-        pass
-    return out
 
 
 def _jobs(

@@ -54,7 +54,8 @@ def size(raw: Mapping[str, Any], names: str | tuple[str, ...], default: Any = _R
     """
     value = read(raw, names, int, default)
     if value is not None and value < 1:
-        name = names if isinstance(names, str) else names[0]
+        spelled = (names,) if isinstance(names, str) else names
+        name = next(name for name in spelled if raw.get(name) is not None)
         raise InputError(f"field '{name}' is {value}", where="config.json", expected="at least 1")
     return value
 

@@ -7,10 +7,12 @@ which is left out. What is written is the text model by itself, `llama4_text`.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from safemoe_jax.families import common_rows as rows
 from safemoe_jax.families import config_fields as fields
+from safemoe_jax.families.common_config import read_decoder, read_experts, write_decoder
 from safemoe_jax.families.config_fields import read, require, size
 from safemoe_jax.families.family import Family
 from safemoe_jax.families.tensor_table import TensorTable, linear
@@ -42,41 +44,26 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         InputError: a field is missing, malformed, or asks for something that Llama 4 does not have.
     """
     raw = fields.text_fields(raw)
-    n_heads, layers = size(raw, "num_attention_heads"), _read_layers(raw, size(raw, "num_hidden_layers"))
-    n_kv_heads = size(raw, "num_key_value_heads", n_heads)
-    require(n_heads % n_kv_heads == 0, "num_key_value_heads", n_kv_heads, f"a divisor of {n_heads}")
-    require(read(raw, "hidden_act", str, "silu") == "silu", "hidden_act", raw.get("hidden_act"), "silu")
+    decoder = read_decoder(raw, theta=500000.0, head_dim=128, max_positions=131072)
+    decoder["rope"] = replace(decoder["rope"], interleaved=True)
+    layers = _read_layers(raw, decoder["n_layers"])
     # A model without MoE layers may still name experts, or none at all: they are not there.
-    names = ("num_local_experts", "num_experts_per_tok", "intermediate_size")
-    kinds = {layer.kind for layer in layers}
-    n_experts, top_k, width = (size(raw, name) if "moe" in kinds else 0 for name in names)
-    require(top_k <= n_experts, "num_experts_per_tok", top_k, f"at most num_local_experts ({n_experts})")
-    temperature = (read(raw, "attn_scale", float, 0.1), read(raw, "floor_scale", float, 8192.0))
-    require(temperature[1] >= 1 and temperature[1] % 1 == 0, "floor_scale", temperature[1], "1 or more")
+    experts = {"n_experts": 0, "top_k": 0, "expert_dim": 0}
+    if any(layer.kind == "moe" for layer in layers):
+        experts = read_experts(raw, width="intermediate_size")
+    scale, floor = read(raw, "attn_scale", float, 0.1), read(raw, "floor_scale", float, 8192.0)
+    require(floor >= 1 and floor % 1 == 0, "floor_scale", floor, "1 or more")
     return ModelConfig(
         family="llama4_text",
-        vocab_size=size(raw, "vocab_size"),
-        d_model=size(raw, "hidden_size"),
-        n_layers=len(layers),
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=size(raw, "head_dim", 128),
-        norm_eps=read(raw, "rms_norm_eps", float),
-        n_experts=n_experts,
-        top_k=top_k,
-        expert_dim=width,
-        shared_dim=width,
+        **decoder,
+        **experts,
+        shared_dim=experts["expert_dim"],
         dense_dim=size(raw, "intermediate_size_mlp"),
-        rope=fields.read_rope(raw, 500000.0, interleaved=True),
         attention_bias=read(raw, "attention_bias", bool, False),
         output_bias=read(raw, "attention_bias", bool, False),
         qk_norm="l2_after_rope" if read(raw, "use_qk_norm", bool, True) else "none",
-        query_temperature=temperature,
+        query_temperature=(scale, floor),
         routing=RoutingConfig(kind="sigmoid_input"),
-        tie_embeddings=read(raw, "tie_word_embeddings", bool, False),
-        initializer_range=read(raw, "initializer_range", float, 0.02),
-        router_aux_coef=read(raw, "router_aux_loss_coef", float, 0.001),
-        max_positions=size(raw, "max_position_embeddings", 131072),
         layers=layers,
     )
 
@@ -114,13 +101,9 @@ def _require_list(field: str, values: object, allowed: Collection, least: int) -
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """The config.json fields of the text model."""
     return {
+        **write_decoder(config),
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
         "intermediate_size": config.expert_dim or config.dense_dim,
         "intermediate_size_mlp": config.dense_dim,
@@ -136,13 +119,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "floor_scale": int(config.query_temperature[1]),
         "use_qk_norm": config.qk_norm != "none",
         "attention_bias": config.attention_bias,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        **fields.write_rope(config.rope),
-        "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.initializer_range,
         "router_aux_loss_coef": config.router_aux_coef,
-        "max_position_embeddings": config.max_positions,
     }
 
 

@@ -16,8 +16,8 @@ from safemoe_jax.evaluation.records import write_json
 from safemoe_jax.families import family_of
 from safemoe_jax.families.tensor_table import resolve
 from safemoe_jax.models.config import LayerConfig, LoraConfig, ModelConfig, factor_layers
-from safemoe_jax.models.lora import EXPERT_TARGETS, with_adapters
-from safemoe_jax.models.params import ParamSpec, count, is_adapter
+from safemoe_jax.models.lora import lora_targets, with_adapters
+from safemoe_jax.models.params import ParamSpec, count
 from safemoe_jax.models.transformer import declare
 
 Facts = dict[str, Any]
@@ -30,9 +30,6 @@ AUXILIARY_FIELDS = (
     "output_router_logits",
 )
 """Fields of config.json that ask for a loss on the router beside the task's."""
-
-# Module names of the checkpoints where they differ from this network's.
-_TARGET_NAMES = {"router": ("gate", "router"), "kv_a_proj": ("kv_a_proj_with_mqa", "kv_a_proj")}
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def describe_folder(folder: Path) -> Facts:
         "experts": expert_facts(config),
         "parameters": {"total": count(specs), "active": active_parameters(config, specs)},
         "weights": weight_facts(folder, config, specs),
-        "lora_targets": lora_targets(config),
+        "lora_targets": adapted_projections(config),
         "chat_template": has_chat_template(folder),
         "router_losses": router_loss_facts(raw),
     }
@@ -154,8 +151,9 @@ def weight_facts(folder: Path, config: ModelConfig, specs: Mapping[str, ParamSpe
         total = _indexed_bytes(folder)
         return {"source": "none" if total is None else "index", "bytes": total, "dtypes": None}
     entries = list_checkpoint(folder)
-    shapes = {name: entry.shape for name, entry in entries.items()}
-    resolve(config, family_of(config.family).table, specs, shapes, str(folder))
+    table = family_of(config.family).table
+    shapes = {table.plain_name(name): entry.shape for name, entry in entries.items()}
+    resolve(config, table, specs, shapes, str(folder))
     dtypes: dict[str, int] = {}
     for entry in entries.values():
         size = math.prod(entry.shape) * entry.dtype.itemsize
@@ -175,33 +173,14 @@ def _indexed_bytes(folder: Path) -> int | None:
     return int(total) if isinstance(total, (int, float)) else None
 
 
-def lora_targets(config: ModelConfig) -> dict[str, int]:
-    """Target name -> how many projections it adapts, for every target that the network answers to."""
-    return {
-        target: places
-        for target in _candidates(declare(config))
-        if (places := _adapted_places(config, target))
-    }
+def adapted_projections(config: ModelConfig) -> dict[str, int]:
+    """LoRA target -> how many projections it adapts, for every target that the network has."""
+    return {target: _adapters(config, target) for target in lora_targets(config)}
 
 
-def _candidates(specs: Mapping[str, ParamSpec]) -> list[str]:
-    """Names by which PEFT would address the projections, in the order of the declaration."""
-    modules = [
-        name.split(".")[-2] for name in specs if name.startswith("segments.") and name.endswith("kernel")
-    ]
-    names = [name for module in modules for name in _TARGET_NAMES.get(module, (module,))]
-    experts = list(EXPERT_TARGETS) if any(".moe.experts." in name for name in specs) else []
-    return list(dict.fromkeys([*names, *experts]))
-
-
-def _adapted_places(config: ModelConfig, target: str) -> int:
-    lora = LoraConfig(rank=1, targets=(target,))
-    try:
-        adapted = declare(with_adapters(config, lora))
-    except InputError:  # not a target of this network: the very question
-        return 0
-    factors = {name: spec for name, spec in adapted.items() if is_adapter(name)}
-    return sum(spec.shape[0] for name, spec in factors.items() if name.endswith("lora_a"))
+def _adapters(config: ModelConfig, target: str) -> int:
+    specs = declare(with_adapters(config, LoraConfig(rank=1, targets=(target,))))
+    return sum(spec.shape[0] for name, spec in specs.items() if name.endswith("lora_a"))
 
 
 def has_chat_template(folder: Path) -> bool:

@@ -24,12 +24,12 @@ folder, out, sizes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 plain = load_pretrained(folder)
 mesh = make_mesh(MeshConfig(**sizes))
 buffers = []
-read_share = reading.read_share
-def counted(reader, pool, entries, places, index, dtype):
-    part = read_share(reader, pool, entries, places, index, dtype)
+read_share = reading.Loader.read_share
+def counted(loader, places, index, dtype):
+    part = read_share(loader, places, index, dtype)
     buffers.append((places[0].name, part.shape))
     return part
-reading.read_share = counted
+reading.Loader.read_share = counted
 model = load_pretrained(folder, mesh=mesh)
 specs = declare(model.config)
 placed = shardings(specs, mesh)

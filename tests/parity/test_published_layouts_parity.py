@@ -1,4 +1,4 @@
-"""Layouts that only the hub has, live against transformers: gpt-oss's MXFP4, and Llama 4 beside an image tower.
+"""What only the hub has, live against transformers: gpt-oss in MXFP4, Llama 4 beside an image tower.
 
 Legend: E experts, O outputs, G groups of 32 inputs.
 """

@@ -7,15 +7,30 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from safemoe_jax import cli
+from safemoe_jax.checkpoints.huggingface import save_folder
 from safemoe_jax.checkpoints.safetensors_files import Reader
+from safemoe_jax.families import family_of
 from safemoe_jax.families.olmoe import read_config
-from safemoe_jax.models import LayerConfig, declare
+from safemoe_jax.models import LayerConfig, declare, initialise
 from safemoe_jax.models.params import count
-from safemoe_jax.workflows.inspect import active_parameters, layer_pattern, lora_targets
+from safemoe_jax.workflows.inspect import (
+    active_parameters,
+    adapted_projections,
+    layer_pattern,
+    router_loss_facts,
+)
 from tests.evaluation.folders import write_model
+from tests.families.test_deepseek import V2_LITE, V3
+from tests.families.test_gpt_oss import PUBLISHED as GPT_OSS
+from tests.families.test_llama4 import HUB as SCOUT
+from tests.families.test_phimoe import PUBLISHED as PHIMOE
+from tests.families.test_softmax_and_dense_families import PUBLISHED as OTHERS
 
 PUBLISHED = {  # what decides sizes in the published OLMoE-1B-7B-0125
     "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 16,
@@ -113,6 +128,74 @@ def test_the_published_sizes_come_from_the_config_alone(tmp_path, capsys):
     }
 
 
+@pytest.mark.parametrize(
+    ("raw", "total", "active", "layers"),
+    [
+        # Totals as the hub counts them; active ones as the models' papers and cards round them.
+        (OTHERS["qwen2_moe"] | {"model_type": "qwen2_moe"}, 14_315_784_192, 2.7, "0-23: moe"),
+        (OTHERS["qwen3_moe"] | {"model_type": "qwen3_moe"}, 30_532_122_624, 3.4, "0-47: moe"),
+        (OTHERS["mixtral"] | {"model_type": "mixtral"}, 46_702_792_704, 12.9, "0-31: moe"),
+        (OTHERS["llama"] | {"model_type": "llama"}, 8_030_261_248, 8.0, "0-31: dense"),
+        (GPT_OSS, 20_914_757_184, 4.2, "0-23: 12 x (moe, window 128 | moe)"),
+        (PHIMOE, 41_873_153_344, 6.6, "0-31: moe, window 131072"),
+        (V2_LITE, 15_706_484_224, 2.7, "0: dense; 1-26: moe"),
+        (V3, 671_026_419_200, 37.6, "0-2: dense; 3-60: moe"),
+        (
+            SCOUT,
+            107_769_861_120,  # the text alone
+            17.2,
+            "0-47: 12 x (moe, chunk 8192 | moe, chunk 8192 | moe, chunk 8192 | moe, no RoPE, scaled queries)",
+        ),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_published_sizes_of_the_families(raw, total, active, layers):
+    config = family_of(raw["model_type"]).read_config(raw)
+    specs = declare(config)
+    assert count(specs) == total
+    assert round(active_parameters(config, specs) / 1e9, 1) == active
+    assert layer_pattern(config.layers) == layers
+
+
+def test_what_the_published_configs_ask_of_the_router():
+    def asked(raw):
+        return router_loss_facts(raw)["config_asks"]
+
+    assert asked(GPT_OSS) == {"router_aux_loss_coef": 0.9, "output_router_logits": False}
+    assert asked(V2_LITE) == {"aux_loss_alpha": 0.001, "seq_aux": True}
+    assert asked(SCOUT) == {"router_aux_loss_coef": 0.001, "output_router_logits": False}
+    assert asked(OTHERS["llama"]) == {}
+
+
+def test_a_dense_model_has_no_experts(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(OTHERS["llama"] | {"model_type": "llama"}))
+    facts = inspected(capsys, tmp_path)
+    assert facts["experts"] is None and facts["layers"]["moe"] == []
+    assert facts["parameters"]["active"] == facts["parameters"]["total"]
+    assert set(facts["lora_targets"]) == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+
+
+def test_names_with_a_prefix_and_other_towers_are_understood(tmp_path, capsys):
+    """Llama 4 as the hub has it: the text model nested, its names prefixed, images beside it."""
+    small = dict(hidden_size=32, intermediate_size=16, intermediate_size_mlp=48, num_hidden_layers=2)
+    small |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4)
+    small |= dict(vocab_size=24, no_rope_layers=[1, 0], interleave_moe_layer_step=2, moe_layers=[1])
+    raw = SCOUT | {"text_config": SCOUT["text_config"] | small}
+    config = family_of("llama4").read_config(raw)
+    save_folder(tmp_path / "plain", config, initialise(declare(config), jax.random.key(0)))
+    tensors = load_file(tmp_path / "plain" / "model.safetensors")
+    text = {f"language_model.{n.removeprefix('language_model.')}": tensor for n, tensor in tensors.items()}
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(raw))
+    save_file(text | {"vision_model.x": np.zeros(5, np.float16)}, tmp_path / "hub" / "model.safetensors")
+    facts = inspected(capsys, tmp_path / "hub")
+    assert facts["layers"]["pattern"] == "0: dense, chunk 8192; 1: moe, no RoPE, scaled queries"
+    total = facts["parameters"]["total"]
+    assert facts["weights"]["dtypes"] == {"float32": 4 * total, "float16": 10}
+
+
 def test_wrong_input_is_one_message(folder, tmp_path, capsys):
     assert "no such folder" in refused(capsys, tmp_path / "none")
     assert "config.json is missing" in refused(capsys, tmp_path)
@@ -162,7 +245,7 @@ def test_a_token_uses_all_parameters_where_it_is_sent_to_all_experts():
 def test_targets_are_those_that_training_takes():
     """Every target named is accepted and adapts as many projections as is said."""
     config = read_config(PUBLISHED | {"num_hidden_layers": 3})
-    targets = lora_targets(config)
+    targets = adapted_projections(config)
     assert targets["q_proj"] == targets["gate"] == targets["mlp.experts.gate_up_proj"] == 3
     assert not {"kv_a_proj_with_mqa", "lm_head", "up", "input_norm"} & set(targets)
 

@@ -306,22 +306,36 @@ def reload(folder: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedMo
     return model.eval(), info
 
 
-def decided(model: PreTrainedModel) -> PreTrainedModel:
+def decided(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """A copy that knows what it wants to say, as trained models do: its logits have margins.
 
-    Tokens far from one another, each followed by one other. A model of random logits only measures how often
-    two random numbers are closer than a rounding error.
+    Tokens are orthogonal or opposite to one another, and each is followed by one other. A model of random
+    logits only measures how often two random numbers are closer than a rounding error.
     """
-    model = copied(model)
+    model, generator = copied(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        embedding = model.get_input_embeddings().weight.normal_(0.0, 4.0)
+        embedding = model.get_input_embeddings().weight
+        n_tokens, width = embedding.shape
+        basis = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+        assert n_tokens <= 2 * width, "too many tokens to be orthogonal or opposite"
+        embedding.copy_(4 * width**0.5 * torch.cat([basis, -basis])[:n_tokens])
         if not model.config.get_text_config().tie_word_embeddings:
             model.get_output_embeddings().weight.copy_(embedding.roll(1, dims=0) * 0.1)
     return model
 
 
-def agreement(ours: Model, theirs: PreTrainedModel, rows: int = 32) -> tuple[float, float]:
-    """Shares of real tokens with the same best token, and of chosen experts that both chose."""
+class Agreement(NamedTuple):
+    """How two bfloat16 models compare: shares of real tokens with the same best token and of chosen experts
+    that both chose, and the mean error of each one's logits against the float32 model."""
+
+    tokens: float
+    experts: float
+    our_error: float
+    their_error: float
+
+
+def agreement(ours: Model, theirs: PreTrainedModel, exact: PreTrainedModel, rows: int = 32) -> Agreement:
+    """Compares on right-padded rows of unequal lengths; `exact` is their model in float32."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, max(LENGTHS) + 1, rows)
     mask = (np.arange(max(LENGTHS)) < lengths[:, None]).astype(np.int32)
@@ -329,12 +343,17 @@ def agreement(ours: Model, theirs: PreTrainedModel, rows: int = 32) -> tuple[flo
     real = mask.astype(bool)
     with recorded(theirs, check=False) as (routed, _):
         want = their_logits(theirs, tokens, mask)
-    out = ours(tokens, mask)
-    same_token = np.asarray(out.logits).argmax(-1) == want.argmax(-1)
+    out, right = ours(tokens, mask), their_logits(exact, tokens, mask)
+    got = np.asarray(out.logits)
     _, experts = our_choice(ours, np.asarray(out.router_logits))
     want_experts = _routing(routed, mask.shape)[2]
     shared = (experts[..., :, None] == want_experts[..., None, :]).any(-1)[:, real]
-    return float(same_token[real].mean()), float(shared.mean()) if shared.size else 1.0
+    return Agreement(
+        tokens=float((got.argmax(-1) == want.argmax(-1))[real].mean()),
+        experts=float(shared.mean()) if shared.size else 1.0,
+        our_error=float(np.abs(got - right)[real].mean()),
+        their_error=float(np.abs(want - right)[real].mean()),
+    )
 
 
 def copied(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""gpt-oss against transformers: bfloat16 layout here, MXFP4 in tests/parity/test_published_layouts_parity.py."""
+"""gpt-oss against transformers, in its bfloat16 layout; MXFP4 is in test_published_layouts_parity."""
 
 from __future__ import annotations
 

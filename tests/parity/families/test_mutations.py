@@ -110,8 +110,12 @@ MUTATIONS: dict[tuple[str, str], dict[str, Change]] = {
         "no yarn": rope(kind="default"),
         "yarn's multiplier": rope(attention_factor=1.0),
         "yarn's factor": rope(factor=3.0),
-        "yarn's original context": rope(original_max_positions=24),
+        "yarn's original context": rope(original_max_positions=64),
         "linear in the place of yarn": rope(kind="linear"),
+    },
+    ("qwen3", "everything"): {
+        "yarn's fast bound": rope(beta_fast=32.0),
+        "yarn's own multiplier": rope(attention_factor=None),
     },
     ("mixtral", "everything"): {
         "linear stretch left out": rope(kind="default"),
@@ -141,7 +145,6 @@ MUTATIONS: dict[tuple[str, str], dict[str, Change]] = {
     ("gpt_oss", "everything"): {
         "clamp": model(activation_limit=7.0),
         "slope": model(activation_alpha=1.702),
-        "yarn's fast bound": rope(beta_fast=32.0),
         "yarn's slow bound": rope(beta_slow=1.0),
     },
     ("phimoe", "published"): {

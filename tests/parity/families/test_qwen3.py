@@ -21,15 +21,15 @@ def published() -> Qwen3Config:
 
 
 def everything() -> Qwen3Config:
-    """Windows in the later layers, biases, tied, yarn with a factor of its own."""
+    """Windows in the later layers, biases, tied, yarn with a factor and bounds of its own."""
     scaling = dict(
         rope_type="yarn",
         rope_theta=100.0,
         factor=4.0,
-        original_max_position_embeddings=16,
+        original_max_position_embeddings=64,
         attention_factor=1.3,
-        beta_fast=8.0,
-        beta_slow=2.0,
+        beta_fast=2.0,
+        beta_slow=0.5,
     )
     changed = dict(
         num_hidden_layers=4,
