@@ -318,9 +318,9 @@ def decided(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         n_tokens, width = embedding.shape
         basis = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
         assert n_tokens <= 2 * width, "too many tokens to be orthogonal or opposite"
-        embedding.copy_(4 * width**0.5 * torch.cat([basis, -basis])[:n_tokens])
+        embedding.copy_(8 * width**0.5 * torch.cat([basis, -basis])[:n_tokens])
         if not model.config.get_text_config().tie_word_embeddings:
-            model.get_output_embeddings().weight.copy_(embedding.roll(1, dims=0) * 0.1)
+            model.get_output_embeddings().weight.copy_(embedding.roll(1, dims=0) * 0.05)
     return model
 
 
