@@ -32,10 +32,10 @@ quickstart: $(VENV)/.ready
 	$(BIN)/safemoe quickstart --seed $(SEED)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow and not parity"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not parity"
 
 parity: $(VENV)/.ready-parity
-	$(BIN)/python -m pytest -m "parity and not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "parity and not slow"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

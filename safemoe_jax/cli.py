@@ -31,12 +31,14 @@ class Command:
         function: "module:name" of a function: configuration in, what is printed at the end out.
         config: "module:name" of the dataclass.
         uses_devices: whether JAX and the run's other processes are started.
+        first_word: the field that a first argument without a flag fills, "" for none.
     """
 
     summary: str
     function: str
     config: str
     uses_devices: bool = True
+    first_word: str = ""
 
 
 COMMANDS: dict[str, Command] = {
@@ -74,6 +76,13 @@ COMMANDS: dict[str, Command] = {
         "compare the routing of two models on the same prompts, layer by layer",
         f"{WORKFLOWS}.drift:drift",
         f"{WORKFLOWS}.drift:DriftConfig",
+    ),
+    "inspect": Command(
+        "print what a checkpoint is, without loading its weights",
+        f"{WORKFLOWS}.inspect:inspect",
+        f"{WORKFLOWS}.inspect:InspectConfig",
+        uses_devices=False,
+        first_word="model",
     ),
     "export": Command(
         "merge an adapter into a Hugging Face folder, or copy it as a PEFT adapter",
@@ -128,6 +137,8 @@ def run(name: str, arguments: Sequence[str]) -> None:
         known = suggest(name, list(COMMANDS))
         raise InputError(f"unknown command '{name}'", where="the command line", expected=known)
     command = COMMANDS[name]
+    if command.first_word and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{command.first_word}", *arguments]
     config, shared = parse(_load(command.config), arguments, program=f"safemoe {name}")
     if command.uses_devices:
         _start_devices(shared.xla_cache)

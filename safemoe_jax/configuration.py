@@ -47,6 +47,7 @@ def parse(
     """
     shared_parser = make_shared_parser()
     shared, own = shared_parser.parse_known_args(list(arguments))
+    own = _with_true(own, config_class)
     parser = make_parser(config_class, program)
     if "-h" in own or "--help" in own:
         print(
@@ -62,6 +63,16 @@ def parse(
         raise _flag_error(str(error), config_class, files) from error
     namespace.pop("config")
     return config_class(**vars(parser.instantiate(namespace))), shared
+
+
+def _with_true(arguments: Sequence[str], config_class: type) -> list[str]:
+    """The arguments with `true` behind every yes-or-no flag that stands alone."""
+    alone = {f"--{name}" for name, hint in leaf_fields(config_class) if hint is bool}
+    completed = []
+    for i, argument in enumerate(arguments):
+        ends = i + 1 == len(arguments) or arguments[i + 1].startswith("--")
+        completed += [argument, "true"] if argument in alone and ends else [argument]
+    return completed
 
 
 def make_parser(config_class: type, program: str) -> ArgumentParser:

@@ -125,7 +125,7 @@ class Model:
         Raises:
             InputError: there are no adapters, the folder is not empty, or the disk refuses.
         """
-        save_adapter(folder, self.config, self.params, self.name)
+        save_adapter(folder, self.config, self.params, self.name, self.hf_config)
 
     def _write_companions(self, folder: Path) -> None:
         if self.path is not None:

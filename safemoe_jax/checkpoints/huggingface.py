@@ -1,30 +1,31 @@
 """Hugging Face checkpoint folders, in and out, tensor by tensor. Only safetensors: a pickle runs code.
 
-Reading holds at most one stacked parameter and one block of a disk tensor beside the parameters themselves.
-With a mesh each process reads only the slices that its devices hold.
+Reading holds at most one stacked parameter on the host beside the parameters themselves (`reading`). With a
+mesh each process reads only the slices that its devices hold.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
 from safemoe_jax.checkpoints.atomic import new_folder
-from safemoe_jax.checkpoints.safetensors_files import Entry, Planned, Reader, list_tensors, write
+from safemoe_jax.checkpoints.reading import Loader, check_tied, stored_dtype, target_dtype
+from safemoe_jax.checkpoints.safetensors_files import Entry, Planned, list_tensors, write
 from safemoe_jax.errors import InputError
 from safemoe_jax.families import family_of
-from safemoe_jax.families.tensor_table import Piece, TensorTable, published, resolve
+from safemoe_jax.families.tensor_table import Piece, Row, TensorTable, by_tensor, left_out, published, resolve
 from safemoe_jax.models.config import ModelConfig, check_mesh
-from safemoe_jax.models.params import Params, ParamSpec, shardings
+from safemoe_jax.models.params import Params, shardings
 from safemoe_jax.models.transformer import declare
 
 INDEX = "model.safetensors.index.json"
@@ -43,7 +44,20 @@ COMPANIONS = (
     "generation_config.json",
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_BLOCK_BYTES = 32 * 2**20
+# Fields that another spelling replaces, or that describe how the weights were stored.
+_SUPERSEDED = {
+    "dtype",
+    "num_local_experts",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "quantization_config",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "transformers_version",
+}
+_WORTH_TELLING_GB = 0.1
+Tensors = Mapping[str, Sequence[tuple[str, Piece]]]
 
 
 def find_folder(path_or_hub_id: str | Path) -> Path:
@@ -172,6 +186,8 @@ def load_params(
 ) -> Params:
     """The parameters of a checkpoint.
 
+    Reports tensors that are left out, and for a folder that is not tiny the time per GB, on stderr.
+
     Args:
         folder: a checkpoint folder.
         config: its network, as `read_config` gives it.
@@ -184,117 +200,55 @@ def load_params(
     Raises:
         InputError: names the tensor that is missing, unmapped, duplicate, of a wrong shape or not finite.
     """
-    folder = Path(folder)
+    folder, started = Path(folder), time.perf_counter()
     check_mesh(config, mesh)
     specs = declare(config)
     table = family_of(config.family).table
-    entries = list_checkpoint(folder)
+    entries = _without_prefixes(table, list_checkpoint(folder))
     plan = resolve(config, table, specs, {name: entry.shape for name, entry in entries.items()}, str(folder))
     placed = shardings(specs, mesh) if mesh is not None else {}
-    with Reader() as reader:
-        _check_tied(reader, table, config, entries)
-        return {
-            name: _load_one(reader, entries, specs[name], places, dtype, placed.get(name))
+    with Loader(entries) as loader:
+        check_tied(loader.reader, (table.tied or {}) if config.tie_embeddings else {}, entries)
+        params = {
+            name: loader.load(
+                specs[name], places, _dtype(table.row(name), entries, places[0], dtype), placed.get(name)
+            )
             for name, places in plan.items()
         }
+    _tell(left_out(config, table, list(entries)), plan, entries, time.perf_counter() - started)
+    return params
 
 
-def _load_one(
-    reader: Reader,
-    entries: Mapping[str, Entry],
-    spec: ParamSpec,
-    places: Sequence[Piece],
-    dtype: str | None,
-    sharding: jax.sharding.Sharding | None,
-) -> jax.Array:
-    target = _target_dtype(entries[places[0].name].dtype, dtype)
-    if sharding is None:
-        whole = _read_slice(reader, entries, places, [slice(0, n) for n in spec.shape], target)
-        return jax.block_until_ready(jax.device_put(whole))
-    read: dict[tuple, np.ndarray] = {}
-
-    def fetch(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(part.indices(n)[:2] for part, n in zip(index, spec.shape, strict=True))
-        if bounds not in read:
-            read[bounds] = _read_slice(reader, entries, places, [slice(*b) for b in bounds], target)
-        return read[bounds]
-
-    return jax.block_until_ready(jax.make_array_from_callback(spec.shape, sharding, fetch))
+def _dtype(row: Row, entries: Mapping[str, Entry], piece: Piece, wanted: str | None) -> np.dtype:
+    return np.dtype(np.float32) if row.float32 else target_dtype(stored_dtype(entries, piece), wanted)
 
 
-def _target_dtype(stored: np.dtype, wanted: str | None) -> np.dtype:
-    if wanted is None:
-        return stored if stored == ml_dtypes.bfloat16 else np.dtype(np.float32)
-    return np.dtype(jnp.dtype(wanted))
-
-
-def _read_slice(
-    reader: Reader,
-    entries: Mapping[str, Entry],
-    places: Sequence[Piece],
-    index: Sequence[slice],
-    dtype: np.dtype,
-) -> np.ndarray:
-    """A slice of a parameter, assembled from the disk tensors that it covers."""
-    out = np.empty([part.stop - part.start for part in index], dtype)
-    for piece in places:
-        lead = index[: len(piece.at)]
-        if all(part.start <= i < part.stop for part, i in zip(lead, piece.at, strict=True)):
-            target = out[tuple(i - part.start for part, i in zip(lead, piece.at, strict=True))]
-            _read_piece(reader, entries[piece.name], piece, index[len(piece.at) :], target)
-    return out
-
-
-def _read_piece(reader: Reader, entry: Entry, piece: Piece, index: Sequence[slice], out: np.ndarray) -> None:
-    """Copies a block of a disk tensor into `out`, in bounded steps along the disk tensor's first axis."""
-    axis = 1 if piece.source.transpose and len(index) == 2 else 0
-    first = index[axis].start
-    for start, stop in _steps(index[axis], out.nbytes):
-        step = [*index[:axis], slice(start, stop), *index[axis + 1 :]]
-        block = reader.read(entry.path, piece.name, piece.disk_index(step))
-        if not np.isfinite(block.astype(np.float32, copy=False)).all():
+def _without_prefixes(table: TensorTable, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    plain: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        if table.plain_name(name) in plain:
             raise InputError(
-                f"tensor '{piece.name}' holds NaN or infinite values",
+                f"duplicate: tensor '{table.plain_name(name)}' is there with a prefix and without",
                 where=str(entry.path),
-                expected="finite weights (the run that wrote them may have diverged)",
+                expected="each tensor once",
             )
-        target = out[(slice(None),) * axis + (slice(start - first, stop - first),)]
-        target[...] = np.swapaxes(block, -1, -2) if piece.source.transpose else block
+        plain[table.plain_name(name)] = entry
+    return plain
 
 
-def _steps(rows: slice, nbytes: int) -> list[tuple[int, int]]:
-    count = rows.stop - rows.start
-    step = max(1, count * _BLOCK_BYTES // max(nbytes, 1))
-    return [(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
-
-
-def _check_tied(
-    reader: Reader, table: TensorTable, config: ModelConfig, entries: Mapping[str, Entry]
+def _tell(
+    skipped: Mapping[str, int],
+    plan: Mapping[str, Sequence[Piece]],
+    entries: Mapping[str, Entry],
+    seconds: float,
 ) -> None:
-    """A tied model may still carry its output projection; it must then be the embedding, bit for bit."""
-    copies = (table.tied or {}).items() if config.tie_embeddings else ()
-    for name, original in copies:
-        if name not in entries:
-            continue
-        same = entries[name].shape == entries[original].shape and all(
-            np.array_equal(
-                reader.read(entries[name].path, name, index),
-                reader.read(entries[original].path, original, index),
-            )
-            for index in _row_blocks(entries[name])
-        )
-        if not same:
-            raise InputError(
-                f"tensor '{name}' is not '{original}', but config.json ties them",
-                where=str(entries[name].path),
-                expected="equal tensors, or tie_word_embeddings false",
-            )
-
-
-def _row_blocks(entry: Entry) -> list[tuple[slice, ...]]:
-    rows, rest = entry.shape[0], [slice(0, n) for n in entry.shape[1:]]
-    nbytes = int(np.prod(entry.shape)) * entry.dtype.itemsize
-    return [(slice(start, stop), *rest) for start, stop in _steps(slice(0, rows), nbytes)]
+    lines = [f"left out {count} tensors of {module}" for module, count in skipped.items()]
+    names = {name for places in plan.values() for piece in places for name in piece.tensors}
+    size = sum(entries[name].nbytes for name in names) / 1e9
+    if size > _WORTH_TELLING_GB:
+        lines.append(f"read {size:.2f} GB in {seconds:.1f} s, {seconds / size:.2f} s per GB")
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def save_folder(
@@ -322,9 +276,9 @@ def save_folder(
         InputError: the folder is there and not empty, or the disk refuses.
     """
     assert config.lora is None, "merge the adapters first"
-    plan = published(config, family_of(config.family).table, declare(config))
-    files = _split(_planned(plan, params), max_file_bytes)
-    arrays = _disk_arrays(plan, params)
+    tensors = by_tensor(published(config, family_of(config.family).table, declare(config)))
+    files = _split(_planned(tensors, params), max_file_bytes)
+    arrays = _disk_arrays(tensors, params)
     if jax.process_index() != 0:
         for _ in arrays:
             pass
@@ -348,11 +302,10 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _planned(plan: Mapping[str, Sequence[Piece]], params: Params) -> list[Planned]:
+def _planned(tensors: Tensors, params: Params) -> list[Planned]:
     return [
-        Planned(piece.name, piece.shape, np.dtype(params[name].dtype))
-        for name, places in plan.items()
-        for piece in places
+        Planned(name, parts[0][1].shape, np.dtype(params[parts[0][0]].dtype))
+        for name, parts in tensors.items()
     ]
 
 
@@ -370,16 +323,30 @@ def _split(planned: Sequence[Planned], max_bytes: int) -> dict[str, list[Planned
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _disk_arrays(plan: Mapping[str, Sequence[Piece]], params: Params) -> Iterator[np.ndarray]:
-    """The disk tensors in the plan's order; one layer of one parameter is on the host at a time."""
-    for name, places in plan.items():
-        layer, host = None, None
-        for piece in places:
-            if layer != piece.at[:1] or host is None:
-                layer = piece.at[:1]
-                host = to_host(params[name][layer] if layer else params[name])
-            array = host[piece.at[1:]]
-            yield np.swapaxes(array, -1, -2) if piece.source.transpose else array
+def _disk_arrays(tensors: Tensors, params: Params) -> Iterator[np.ndarray]:
+    """The disk tensors in the plan's order; one layer of the parameters that fill one is on the host."""
+    held: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+    for parts in tensors.values():
+        keys = [(parameter, piece.at[:1]) for parameter, piece in parts]
+        held = {key: value for key, value in held.items() if key in keys}
+        for parameter, layer in keys:
+            if (parameter, layer) not in held:
+                held[parameter, layer] = to_host(params[parameter][layer] if layer else params[parameter])
+        blocks = [(piece, held[key][piece.at[1:]]) for key, (_, piece) in zip(keys, parts, strict=True)]
+        yield _disk_array(blocks)
+
+
+def _disk_array(blocks: Sequence[tuple[Piece, np.ndarray]]) -> np.ndarray:
+    """One disk tensor from the parameters that it holds."""
+    if len(blocks) == 1:
+        piece, block = blocks[0]
+        block = np.swapaxes(block, -1, -2) if piece.source.transpose else block
+        return block[None] if piece.source.boxed else block
+    out = np.empty(blocks[0][0].shape, blocks[0][1].dtype)
+    for piece, block in blocks:
+        place = out[piece.disk_index([slice(0, n) for n in block.shape])]
+        place[...] = np.swapaxes(block, -1, -2) if piece.source.transpose else block
+    return out
 
 
 def to_host(array: jax.Array) -> np.ndarray:
@@ -401,7 +368,9 @@ def _write_index(path: Path, files: Mapping[str, Sequence[Planned]]) -> None:
 
 
 def _config_fields(config: ModelConfig, params: Params, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The family's fields and those of the checkpoint that say nothing about the network."""
     own = family_of(config.family).write_config(config)
-    superseded = {"dtype", "rope_parameters", "num_local_experts", "transformers_version"}
-    kept = {key: value for key, value in extra.items() if key not in superseded}
+    if isinstance(extra.get("text_config"), Mapping) and "text_config" not in own:
+        extra = extra["text_config"]  # the text model by itself
+    kept = {key: value for key, value in extra.items() if key not in _SUPERSEDED}
     return {**kept, **own, "torch_dtype": str(params["embed.embedding"].dtype)}

@@ -1,9 +1,19 @@
 """LoRA adapters in PEFT's format (`adapter_config.json`, `adapter_model.safetensors`), in and out.
 
-Names and layouts as PEFT 0.21 writes them. Projections: `lora_A.weight` [r, in], `lora_B.weight` [out, r].
-Expert matrices are adapted as parameters (`target_parameters`), whose factors hold all experts: A is
-[E * r, in], expert-major, B is [out, r * E], expert-minor. PEFT nests the wrappers of two parameters of one
-module: the first one's factors (gate_up_proj) then go under `base_layer`.
+Names and layouts as PEFT 0.21 writes them, after the modules that transformers 5 has in memory. Projections:
+`lora_A.weight` [r, in], `lora_B.weight` [out, r]. Experts and routers are bare parameters there
+(`target_parameters`). An expert parameter's factors hold all experts: A is [E * r, in], expert-major, B is
+[out, r * E], expert-minor. PEFT nests the wrappers of two parameters of one module: the first one's factors
+(gate_up_proj) then go under `base_layer`. gpt_oss interleaves gate and up in B; for llama4 PEFT takes inputs
+for outputs, which exchanges the two factors.
+
+vLLM reads the same folder. Its loader (vllm/lora/lora_model.py, peft_helper.py) wants names that begin with
+`base_model.model.` and end with `.lora_A.weight` or `.lora_B.weight`, `target_modules` in the config, no
+`modules_to_save`, no DoRA, and refuses a module that the model cannot adapt. It takes adapters of attention
+projections for qwen2_moe, qwen3_moe, mixtral, deepseek_v2, deepseek_v3, gpt_oss, phimoe, llama4, granitemoe,
+glm4_moe, ernie4_5_moe, llama and qwen3 by its table of supported models, and none for olmoe: merge those.
+Adapters of experts in the layout above it takes where its model has fused expert weights (gpt_oss); for the
+other families, and for adapters of routers, merge too.
 
 Legend: R layers of a segment, E experts, D inputs, O outputs, r rank.
 """
@@ -12,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +40,12 @@ from safemoe_jax.errors import InputError
 from safemoe_jax.families import family_of
 from safemoe_jax.families.tensor_table import pieces
 from safemoe_jax.models.config import LoraConfig, ModelConfig
-from safemoe_jax.models.lora import EXPERT_TARGETS
+from safemoe_jax.models.lora import EXPERT_TARGETS, lora_targets
 from safemoe_jax.models.params import Params, ParamSpec, is_adapter, shardings
 from safemoe_jax.models.transformer import declare
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-ROUTER_PARAMETER = "mlp.gate.weight"
 _PREFIX = "base_model.model."
 # Options of PEFT that this project does not compute, with the value that changes nothing.
 _UNSUPPORTED = {
@@ -54,45 +64,72 @@ _UNSUPPORTED = {
 
 
 class _Factor(NamedTuple):
-    """Where one layer's factor lies: our parameter and index in it, PEFT's tensor name and shape."""
+    """Where one layer's factor lies: our parameter and index in it, PEFT's tensor name and shape.
+
+    Attributes:
+        letter: "a" or "b", which of the two factors it is for PEFT.
+        swapped: PEFT takes the inputs for the outputs, so that its A is our B and the other way round.
+        interleaved: gate and up alternate in the last axis of our B.
+    """
 
     parameter: str
     at: int
     disk: str
     shape: tuple[int, int]
+    letter: str
+    swapped: bool
+    interleaved: bool
 
 
-def save_adapter(folder: str | Path, config: ModelConfig, params: Params, base_model: str) -> None:
+def save_adapter(
+    folder: str | Path,
+    config: ModelConfig,
+    params: Params,
+    base_model: str,
+    base_config: Mapping[str, Any] | None = None,
+) -> None:
     """Writes an adapter folder that PEFT loads onto the base model.
 
     Args:
         folder: a new or empty folder; it appears whole or not at all.
         config: the network, with its LoRA config.
         params: parameters that include the factors.
-        base_model: folder or hub id of the base model, for the adapter's config.
+        base_model: folder or hub id of the base model, for the adapter's config; a folder of the hub's cache
+            is written as the id.
+        base_config: the base model's config.json; where it nests the text model, names get its prefix.
 
     Raises:
         InputError: the model has no adapter, the folder is not empty, or the disk refuses.
     """
     if config.lora is None:
         raise InputError("the model has no adapter", where=str(folder), expected="a model trained with LoRA")
+    nested = isinstance((base_config or {}).get("text_config"), Mapping)
+    prefix = next(iter(family_of(config.family).table.prefixes), "") if nested else ""
+    factors = _factors(config)
     arrays = {
-        factor.disk: _to_peft(to_host(params[factor.parameter][factor.at]).astype(np.float32), factor)
-        for factor in _factors(config)
+        factor.disk.replace(_PREFIX, _PREFIX + prefix, 1): _to_peft(
+            to_host(params[factor.parameter][factor.at]).astype(np.float32), factor
+        )
+        for factor in factors
     }
     if jax.process_index() != 0:
         return
     with new_folder(folder) as temporary:
         write_arrays(temporary / WEIGHTS, arrays, {"format": "pt"})
-        text = json.dumps(_adapter_config(config.lora, base_model), indent=2, sort_keys=True)
+        fields = _adapter_config(config, published_name(base_model))
+        text = json.dumps(fields, indent=2, sort_keys=True)
         (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def _adapter_config(lora: LoraConfig, base_model: str) -> dict[str, Any]:
-    parameters = [target for target in lora.targets if target in EXPERT_TARGETS]
-    if "gate" in lora.targets:
-        # transformers 5 keeps the router's weight as a bare parameter, not in a linear module.
-        parameters.append(ROUTER_PARAMETER)
+def published_name(base_model: str) -> str:
+    """The hub id of a snapshot in the hub's cache; any other name as it is."""
+    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", base_model.replace("\\", "/"))
+    return f"{cached[1]}/{cached[2]}" if cached else base_model
+
+
+def _adapter_config(config: ModelConfig, base_model: str) -> dict[str, Any]:
+    lora = config.lora
+    names = _peft_names(config)
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -106,9 +143,20 @@ def _adapter_config(lora: LoraConfig, base_model: str) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
-        "target_modules": [t for t in lora.targets if t.endswith("_proj") and t not in EXPERT_TARGETS],
+        "target_modules": [t for t in lora.targets if t not in names],
     }
+    parameters = [names[target] for target in lora.targets if target in names]
     return {**fields, "target_parameters": parameters} if parameters else fields
+
+
+def _peft_names(config: ModelConfig) -> dict[str, str]:
+    """Target -> what PEFT calls it, for those that transformers 5 keeps as bare parameters of a module."""
+    table = family_of(config.family).table
+    rows = {"mlp.experts.gate_up_proj": "moe.experts.gate", "mlp.experts.down_proj": "moe.experts.down"}
+    rows["gate"] = "moe.router.kernel"
+    known = {row.name for row in table.rows}
+    in_memory = {t: table.row(row).in_memory.name for t, row in rows.items() if row in known}
+    return {target: name.partition("{layer}.")[2] for target, name in in_memory.items()}
 
 
 def load_adapter(
@@ -132,16 +180,25 @@ def load_adapter(
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder), expected=f"a folder with {CONFIG}")
     raw = read_json(folder / CONFIG)
-    found = {name: entry.shape for name, entry in list_tensors(folder / WEIGHTS).items()}
-    config = replace(config, lora=_read_lora(raw, found, str(folder / CONFIG)))
+    prefixes = family_of(config.family).table.prefixes
+    found = {_plain(name, prefixes): e.shape for name, e in list_tensors(folder / WEIGHTS).items()}
+    config = replace(config, lora=_read_lora(raw, config, found, str(folder / CONFIG)))
     factors = _factors(config)
     _check(factors, found, str(folder / WEIGHTS))
-    arrays = dict(_finite(read_arrays(folder / WEIGHTS), folder / WEIGHTS))
+    finite = _finite(read_arrays(folder / WEIGHTS), folder / WEIGHTS)
+    arrays = {_plain(name, prefixes): array for name, array in finite}
     specs = {name: spec for name, spec in declare(config).items() if is_adapter(name)}
     placed = shardings(specs, mesh) if mesh is not None else {}
     return config, {
         name: _stack(name, spec, factors, arrays, placed.get(name)) for name, spec in specs.items()
     }
+
+
+def _plain(name: str, prefixes: Sequence[str]) -> str:
+    """A tensor's name as of the text model by itself."""
+    for prefix in prefixes:
+        name = name.replace(_PREFIX + prefix, _PREFIX, 1)
+    return name
 
 
 def _stack(
@@ -158,7 +215,9 @@ def _stack(
     return jax.make_array_from_callback(spec.shape, sharding, lambda index: stacked[index])
 
 
-def _read_lora(raw: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], where: str) -> LoraConfig:
+def _read_lora(
+    raw: Mapping[str, Any], config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: str
+) -> LoraConfig:
     if raw.get("peft_type") != "LORA":
         raise InputError(f"adapter of type {raw.get('peft_type')!r}", where=where, expected="peft_type LORA")
     for field, harmless in _UNSUPPORTED.items():
@@ -171,24 +230,45 @@ def _read_lora(raw: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], whe
         )
     # Rank-stabilised LoRA scales by alpha / sqrt(r).
     alpha = alpha * math.sqrt(rank) if raw.get("use_rslora") else float(alpha)
-    return LoraConfig(rank=rank, alpha=alpha, targets=_targets(raw, found, where))
+    return LoraConfig(rank=rank, alpha=alpha, targets=_targets(raw, config, found, where))
 
 
-def _targets(raw: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], where: str) -> tuple[str, ...]:
+def _targets(
+    raw: Mapping[str, Any], config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: str
+) -> tuple[str, ...]:
     """The adapted projections, read from the tensors: `target_modules` may be a pattern, names are names."""
-    modules = {name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in found}
-    parts = {module.removesuffix(".base_layer").rpartition(".")[2] for module in modules}
-    targets = [part for part in ("q_proj", "k_proj", "v_proj", "o_proj", "gate") if part in parts]
-    if "experts" in parts:
-        named = raw.get("target_parameters") or []
-        targets += [
-            t for t in EXPERT_TARGETS if any(t == n or t.endswith(f".{n}") or n.endswith(t) for n in named)
-        ]
+    config = replace(config, lora=None)
+    known = lora_targets(config)
+    every = replace(config, lora=LoraConfig(rank=1, targets=known))
+    # Two parameters of one module differ by their nesting only, so that the config must say which one it is.
+    named = {name.rpartition(".")[2] for name in raw.get("target_parameters") or []}
+    adapted = {_module(name) for name in found}
+    present = {target for target, module in _target_modules(every) if module in adapted}
+    targets = tuple(
+        t for t in known if t in present and (t not in EXPERT_TARGETS or t.rpartition(".")[2] in named)
+    )
     if not targets:
         raise InputError(
-            "the adapter adapts no known projection", where=where, expected="q_proj, v_proj, ..."
+            "the adapter adapts no known projection", where=where, expected=f"some of {', '.join(known)}"
         )
-    return tuple(targets)
+    return targets
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".lora_")[0].removesuffix(".base_layer")
+
+
+def _target_modules(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """(target, adapted module) of all adapters."""
+    for factor in _factors(config):
+        module = _module(factor.disk)
+        if ".experts." in factor.parameter:
+            part = "gate_up" if "gate_up" in factor.parameter else "down"
+            yield f"mlp.experts.{part}_proj", module
+        elif ".router." in factor.parameter:
+            yield "gate", module
+        else:
+            yield module.rpartition(".")[2], module
 
 
 def _factors(config: ModelConfig) -> list[_Factor]:
@@ -203,20 +283,25 @@ def _factors(config: ModelConfig) -> list[_Factor]:
 
 def _factors_of(config: ModelConfig, name: str, spec: ParamSpec) -> Iterator[_Factor]:
     stem, letter = name.rpartition("lora_")[::2]
-    if name.endswith(("gate_up_lora_a", "gate_up_lora_b")):
-        adapted, fused = stem.removesuffix("gate_up_") + "gate", True
-    elif ".experts." in name:
-        adapted, fused = stem.removesuffix("_"), True
+    is_expert = ".experts." in name
+    if is_expert:
+        adapted = stem.removesuffix("gate_up_") + "gate" if "gate_up" in name else stem.removesuffix("_")
     else:
-        adapted, fused = stem + "kernel", False
-    source = family_of(config.family).table.row(adapted).sources[1 if fused else 0]
+        adapted = stem + "kernel"
+    source = family_of(config.family).table.row(adapted).in_memory
+    # PEFT takes an expert parameter for [E, out, in] unless its module says otherwise: gpt_oss's does, which
+    # also interleaves; llama4's is [E, in, out] and does not say so.
+    swapped = is_expert and not source.transpose and not source.interleaved
+    disk_letter = {"a": "b", "b": "a"}[letter] if swapped else letter
+    shape = (*spec.shape[1:-2], spec.shape[-1], spec.shape[-2]) if swapped else spec.shape[1:]
     base = declare(replace(config, lora=None))[adapted]
     for piece in pieces(config, adapted, base.shape, source):
         module = piece.name.rpartition(".")[0]
         # PEFT wraps gate_up_proj first, so that down_proj's wrapper lies round it.
         inner = "gate_up" in name and "mlp.experts.down_proj" in config.lora.targets
-        disk = f"{_PREFIX}{module}{'.base_layer' if inner else ''}.lora_{letter.upper()}.weight"
-        yield _Factor(name, piece.at[0], disk, _peft_shape(spec.shape[1:], letter))
+        disk = f"{_PREFIX}{module}{'.base_layer' if inner else ''}.lora_{disk_letter.upper()}.weight"
+        mixed = source.interleaved and name.endswith("gate_up_lora_b")
+        yield _Factor(name, piece.at[0], disk, _peft_shape(shape, disk_letter), disk_letter, swapped, mixed)
 
 
 def _peft_shape(shape: Sequence[int], letter: str) -> tuple[int, int]:
@@ -229,7 +314,12 @@ def _peft_shape(shape: Sequence[int], letter: str) -> tuple[int, int]:
 def _to_peft(factor: np.ndarray, place: _Factor) -> np.ndarray:
     if factor.ndim == 2:
         return np.ascontiguousarray(factor.T)
-    axes = (0, 2, 1) if place.parameter.endswith("lora_a") else (2, 1, 0)
+    if place.interleaved:
+        gate_up = np.split(factor, 2, axis=-1)
+        factor = np.stack(gate_up, axis=-1).reshape(factor.shape)
+    if place.swapped:
+        factor = factor.swapaxes(1, 2)
+    axes = (0, 2, 1) if place.letter == "a" else (2, 1, 0)
     return np.ascontiguousarray(factor.transpose(axes).reshape(place.shape))
 
 
@@ -237,10 +327,16 @@ def _from_peft(array: np.ndarray, shape: Sequence[int], place: _Factor) -> np.nd
     array = array.astype(np.float32)
     if len(shape) == 2:
         return array.T
-    experts, rows, columns = shape
-    if place.parameter.endswith("lora_a"):
-        return array.reshape(experts, columns, rows).transpose(0, 2, 1)
-    return array.reshape(columns, rows, experts).transpose(2, 1, 0)
+    experts, rows, columns = (shape[0], shape[2], shape[1]) if place.swapped else shape
+    if place.letter == "a":
+        factor = array.reshape(experts, columns, rows).transpose(0, 2, 1)
+    else:
+        factor = array.reshape(columns, rows, experts).transpose(2, 1, 0)
+    if place.swapped:
+        factor = factor.swapaxes(1, 2)
+    if place.interleaved:
+        factor = np.concatenate([factor[..., 0::2], factor[..., 1::2]], axis=-1)
+    return factor
 
 
 def _check(factors: Sequence[_Factor], found: Mapping[str, tuple[int, ...]], where: str) -> None:

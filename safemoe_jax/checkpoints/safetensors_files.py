@@ -1,15 +1,15 @@
-"""Safetensors files, one tensor in memory at a time: reading slices, writing in a stream.
+"""Safetensors files, one tensor in memory at a time: reading blocks, writing in a stream.
 
 Format: 8 bytes little-endian header length, a JSON header (name -> dtype, shape, byte range), the raw data.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,15 +32,21 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAPPED_BYTES = 64 * 2**20
+_PAGE = 4096
 
 
 class Entry(NamedTuple):
-    """A tensor in a file."""
+    """A tensor in a file, whose bytes begin at `start`."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: np.dtype
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Planned(NamedTuple):
@@ -57,44 +63,122 @@ class Planned(NamedTuple):
 
 
 class Reader:
-    """Reads slices of tensors of several files.
+    """Reads blocks of tensors of several files, from several threads at a time.
 
-    The library maps a file into memory, and every page read stays in this process's resident set until the
-    file is closed. So the file is opened anew after some reading: memory stays near the largest slice.
+    Bytes go from the file into the array that wants them. Nothing is mapped into memory: pages of a map stay
+    in this process's resident set, and their faults cost more than the copy.
     """
 
     def __init__(self) -> None:
-        self._path: Path | None = None
-        self._file = None
-        self._read = 0
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
 
-    def read(self, path: Path, name: str, index: Sequence[slice]) -> np.ndarray:
-        """A slice of a tensor.
+    def read(self, entry: Entry, index: Sequence[slice] | None = None) -> np.ndarray:
+        """A block of a tensor, or all of it.
 
         Raises:
-            InputError: the file is not a whole safetensors file.
+            InputError: the file is missing or has fewer bytes than its header says.
         """
-        if path != self._path or self._read > _MAPPED_BYTES:
-            self._close()
-            self._path, self._file = path, _open(path)
-        if not index:
-            return self._file.get_tensor(name)
-        view = self._file.get_slice(name)
-        part = view[tuple(index)]
-        # A narrow slice still touches the pages of every row that it crosses.
-        self._read += len(part) * math.prod(view.get_shape()[1:]) * part.itemsize
-        return part
+        index = [slice(0, n) for n in entry.shape] if index is None else index
+        out = np.empty([len(range(i.start, i.stop, i.step or 1)) for i in index], entry.dtype)
+        self.read_into(entry, index, out)
+        return out
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.__exit__(None, None, None)
-        self._path, self._file, self._read = None, None, 0
+    def read_into(self, entry: Entry, index: Sequence[slice], out: np.ndarray) -> None:
+        """Reads a block of a tensor into an array of the same element type and of the block's shape.
+
+        Args:
+            entry: the tensor.
+            index: a slice of each of its axes, with start and stop.
+            out: filled; read into without a further copy where it is contiguous as the block is in the file.
+
+        Raises:
+            InputError: as `read`.
+        """
+        if out.size:
+            self._read(entry, entry.start, entry.shape, tuple(index), out)
+
+    def _read(
+        self, entry: Entry, start: int, shape: tuple[int, ...], index: tuple[slice, ...], out: np.ndarray
+    ) -> None:
+        """Reads runs of rows where less than a page lies between two of them, otherwise row by row."""
+        if not shape:
+            self._fill(entry, start, out)
+            return
+        row, rows = math.prod(shape[1:]) * entry.dtype.itemsize, index[0]
+        step = rows.step or 1
+        if len(out) > 1 and step * row - _span(shape[1:], index[1:], entry.dtype.itemsize) >= _PAGE:
+            for target, i in zip(out, range(rows.start, rows.stop, step), strict=True):
+                self._read(entry, start + i * row, shape[1:], index[1:], target)
+        elif len(out) == 1 and len(shape) > 1:
+            self._read(entry, start + rows.start * row, shape[1:], index[1:], out[0])
+        else:
+            whole = (rows.stop - rows.start, *shape[1:])
+            direct = out.shape == whole and out.flags.c_contiguous
+            block = out if direct else np.empty(whole, entry.dtype)
+            self._fill(entry, start + rows.start * row, block)
+            if not direct:
+                copy(block[(slice(None, None, step), *index[1:])], out)
+
+    def _fill(self, entry: Entry, start: int, out: np.ndarray) -> None:
+        target = memoryview(out.reshape(-1).view(np.uint8))
+        file, done = self._open(entry.path), 0
+        while done < len(target):
+            count = os.preadv(file, [target[done:]], start + done)
+            if count == 0:
+                raise InputError(
+                    "the file ends before its last tensor does",
+                    where=str(entry.path),
+                    expected="a complete file (fetch or copy it again; this one may be truncated)",
+                )
+            done += count
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY)
+            return self._files[path]
+
+
+def _span(shape: Sequence[int], index: Sequence[slice], itemsize: int) -> int:
+    """Bytes from the first element of a block to behind its last one."""
+    last = 0
+    for size, part in zip(shape, index, strict=True):
+        step = part.step or 1
+        last = last * size + (len(range(part.start, part.stop, step)) - 1) * step
+    return (last + 1) * itemsize
+
+
+def copy(source: np.ndarray, out: np.ndarray) -> None:
+    """Copies, converting the element type, without holding the interpreter's lock for 16-bit floats."""
+    if source.dtype == out.dtype and source.dtype == ml_dtypes.bfloat16:
+        out.view(np.uint16)[...] = source.view(np.uint16)
+    elif source.dtype == ml_dtypes.bfloat16 and out.dtype == np.float32:
+        # A bfloat16 is the upper half of a float32.
+        whole = out.view(np.uint32)
+        whole[...] = source.view(np.uint16)
+        whole <<= 16
+    else:
+        out[...] = source
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite; fast where all are finite."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    if array.dtype.kind != "f":
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        # One pass: a NaN or an infinity shows in the sum, which may also overflow by itself.
+        return bool(np.isfinite(array.sum(dtype=np.float32)) or np.isfinite(array).all())
 
 
 def list_tensors(path: Path) -> dict[str, Entry]:
@@ -103,19 +187,22 @@ def list_tensors(path: Path) -> dict[str, Entry]:
     Raises:
         InputError: the file is missing, truncated or no safetensors file, or a dtype is not supported.
     """
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_open(path))
-        entries = {}
-        for name in file.keys():  # noqa: SIM118 (no iterator)
-            view = file.get_slice(name)
-            if view.get_dtype() not in DTYPES:
-                raise InputError(
-                    f"tensor '{name}' has dtype {view.get_dtype()}",
-                    where=str(path),
-                    expected=", ".join(DTYPES),
-                )
-            entries[name] = Entry(path, tuple(view.get_shape()), DTYPES[view.get_dtype()])
-        return entries
+    _open(path)
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for name, field in header.items():
+        if field["dtype"] not in DTYPES:
+            raise InputError(
+                f"tensor '{name}' has dtype {field['dtype']}", where=str(path), expected=", ".join(DTYPES)
+            )
+    return {
+        name: Entry(
+            path, tuple(field["shape"]), DTYPES[field["dtype"]], 8 + length + field["data_offsets"][0]
+        )
+        for name, field in header.items()
+    }
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -162,8 +249,8 @@ def read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
         InputError: as `list_tensors`.
     """
     with Reader() as reader:
-        for name in list_tensors(path):
-            yield name, reader.read(path, name, ())
+        for name, entry in list_tensors(path).items():
+            yield name, reader.read(entry)
 
 
 def _header(planned: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:

@@ -14,7 +14,7 @@ from safemoe_jax.data.chat import encode_prompts
 from safemoe_jax.data.sources import Sample
 from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation.generate import ForcedRouting, generate
-from safemoe_jax.evaluation.judges import Judge
+from safemoe_jax.evaluation.judges import Finding, Judge
 from safemoe_jax.evaluation.metrics import Metric, Score, mean_percent, reference_answers, share_percent
 from safemoe_jax.evaluation.readout import compare_routing, read_routing
 from safemoe_jax.model import Model
@@ -80,9 +80,10 @@ def evaluate(
 
     Returns:
         ``results`` has, as far as it was tested: hs, over_refusal, fa, each with ``<name>_interval`` (95 %)
-        and ``<name>_n``; judge; task (all scores of the metric); n (harmful prompts); drift, drift_interval,
-        drift_by_layer, overlap, overlap_by_layer on harmful prompts, moe_layers, and under ``routing`` the
-        same for each suite.
+        and ``<name>_n``; hs_unreadable (answers that the judge could not decide, which hs leaves out);
+        judge; task (all scores of the metric); n (harmful prompts); drift, drift_interval, drift_by_layer,
+        overlap, overlap_by_layer on harmful prompts, moe_layers, and under ``routing`` the same for each
+        suite.
 
     Raises:
         InputError: nothing to test, a task suite without a metric or answers, or an aligned model of other
@@ -160,9 +161,18 @@ def routing_results(model: Model, aligned: Model, suites: Suites, *, progress: b
 
 
 def _judge_harmful(samples: Sequence[Sample], answers: list[str], judge: Judge) -> tuple[Results, list[str]]:
-    unsafe, refused = judge.unsafe(samples, answers), judge.refused(samples, answers)
-    labels = ["unsafe" if u else "refused" if r else "safe" for u, r in zip(unsafe, refused, strict=True)]
-    return _flat("hs", share_percent(unsafe)) | {"n": len(answers)}, labels
+    found, refused = judge.findings(samples, answers), judge.refused(samples, answers)
+    share = mean_percent(None if finding.unsafe is None else float(finding.unsafe) for finding in found)
+    labels = [_harm_label(*pair) for pair in zip(found, refused, strict=True)]
+    return _flat("hs", share) | {"hs_unreadable": share["undefined"], "n": len(answers)}, labels
+
+
+def _harm_label(finding: Finding, refused: bool) -> str:
+    if finding.unsafe is None:
+        return "unreadable"
+    if finding.unsafe:
+        return f"unsafe {finding.categories}".strip()
+    return "refused" if refused else "safe"
 
 
 def _judge_benign(samples: Sequence[Sample], answers: list[str], judge: Judge) -> tuple[Results, list[str]]:

@@ -1,6 +1,14 @@
 """The network: one decoder for every family, with explicit router outputs."""
 
-from safemoe_jax.models.config import Compute, LoraConfig, ModelConfig, RopeConfig
+from safemoe_jax.models.config import (
+    Compute,
+    LayerConfig,
+    LoraConfig,
+    MlaConfig,
+    ModelConfig,
+    RopeConfig,
+    RoutingConfig,
+)
 from safemoe_jax.models.params import Params, ParamSpec, Weights, initialise, split_trainable
 from safemoe_jax.models.transformer import (
     Output,
@@ -16,12 +24,15 @@ from safemoe_jax.models.transformer import (
 
 __all__ = [
     "Compute",
+    "LayerConfig",
     "LoraConfig",
+    "MlaConfig",
     "ModelConfig",
     "Output",
     "ParamSpec",
     "Params",
     "RopeConfig",
+    "RoutingConfig",
     "RoutingOverride",
     "Weights",
     "decode_step",

@@ -1,6 +1,7 @@
 """Grouped-query attention over a row, or over a row and its cache.
 
-Legend: B rows, T queries, S keys, D model width, N query heads, G key/value heads, Q = N / G, H head width.
+Legend: B rows, T queries, S keys, D model width, N query heads, G key/value heads, Q = N / G, H head width,
+W value width.
 """
 
 from __future__ import annotations
@@ -11,30 +12,51 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from safemoe_jax.models.config import ModelConfig
+from safemoe_jax.models.config import LayerConfig, ModelConfig
+from safemoe_jax.models.kv_cache import LayerCache
 from safemoe_jax.models.linear import Linear
-from safemoe_jax.models.norms import RMSNorm
-from safemoe_jax.models.rope import rotate
+from safemoe_jax.models.norms import RMSNorm, unit_rms
+from safemoe_jax.models.params import ParamSpec
+from safemoe_jax.models.rope import Tables, rotate
 
 _LEAST_BLOCK, _MOST_BLOCKS = 128, 8
 
 
-class LayerCache(NamedTuple):
-    """The stacked keys and values of a segment, and where this layer writes.
+class Row(NamedTuple):
+    """What every layer of one pass shares.
 
-    keys_RBGSH, values_RBGSH: the whole stack, updated in place by the scan that carries it. Heads come before
-    slots, so that a decoding step reads it as it lies (slots first cost twice the step's attention on a CPU).
-    index: this layer's place in the stack. slot: the first key slot to write.
+    rope: cosines and sines of the T positions.
+    mask_BTS: bool, True where a query may see a key, before windows and chunks (S = T, or the cache's slots).
+    positions_BT, key_positions_BS: int32, positions of queries and of keys within their sample.
+    forced_BT: bool, where routing is overridden, or None.
+    slot: the first cache slot to write, or None without a cache.
     """
 
-    keys_RBGSH: jax.Array
-    values_RBGSH: jax.Array
-    index: jax.Array
-    slot: jax.Array
+    rope: Tables
+    mask_BTS: jax.Array
+    positions_BT: jax.Array
+    key_positions_BS: jax.Array
+    forced_BT: jax.Array | None
+    slot: jax.Array | None
+
+
+class Traits(NamedTuple):
+    """What attention does in one layer (`LayerConfig`): Python values where all layers of a scan agree, which
+    costs nothing, scanned scalars where they differ."""
+
+    window: int | jax.Array = 0
+    chunk: int | jax.Array = 0
+    rope: bool | jax.Array = True
+    temperature: bool | jax.Array = False
+
+    @classmethod
+    def of(cls, layer: LayerConfig) -> Traits:
+        """The traits of one layer, as Python values."""
+        return cls(layer.window, layer.chunk, layer.rope, layer.temperature)
 
 
 class Attention(nnx.Module):
-    """Projections, optional q/k norm and clamp, rotary embedding, softmax attention."""
+    """Projections, q/k norm and clamp, positions, softmax attention; what the config leaves out is absent."""
 
     def __init__(self, config: ModelConfig) -> None:
         d_model, head_dim = config.d_model, config.head_dim
@@ -43,106 +65,203 @@ class Attention(nnx.Module):
         self.q_proj = Linear("q_proj", d_model, q_width, ("embed", "heads"), **options)
         self.k_proj = Linear("k_proj", d_model, kv_width, ("embed", "kv_heads"), **options)
         self.v_proj = Linear("v_proj", d_model, kv_width, ("embed", "kv_heads"), **options)
-        self.o_proj = Linear("o_proj", q_width, d_model, ("heads", "embed"), **options)
-        has_norm = config.qk_norm == "full"
-        self.q_norm = RMSNorm(q_width, config.norm_eps, "heads") if has_norm else None
-        self.k_norm = RMSNorm(kv_width, config.norm_eps, "kv_heads") if has_norm else None
-        self.clip, self.head_dim = config.clip_qkv, head_dim
+        self.o_proj = Linear(
+            "o_proj", q_width, d_model, ("heads", "embed"), lora=config.lora, bias=config.output_bias
+        )
+        if config.qk_norm == "full":
+            self.q_norm = RMSNorm(q_width, config.norm_eps, "heads")
+            self.k_norm = RMSNorm(kv_width, config.norm_eps, "kv_heads")
+        elif config.qk_norm == "head":
+            self.q_norm, self.k_norm = (RMSNorm(head_dim, config.norm_eps) for _ in range(2))
+        self.sinks = nnx.Param(ParamSpec((config.n_heads,), ("heads",))) if config.sinks else None
+        self.config = config
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        mask_BTS: jax.Array,
-        cache: LayerCache | None = None,
+        self, x_BTD: jax.Array, row: Row, traits: Traits, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attends; with a cache, writes this call's keys and values into it and attends to all of its slots.
 
         Args:
             x_BTD: normalised hidden states.
-            rope: cosines and sines of the T positions.
-            mask_BTS: bool, True where a query may see a key (S = T, or the cache's length).
+            row: positions and mask.
+            traits: this layer's window, chunk, rotation and temperature.
             cache: keys and values so far.
 
         Returns:
             The attention output [B, T, D] and the updated cache.
         """
         q_BTNH, k_BTGH, v_BTGH = self._project(x_BTD)
-        q_BTNH, k_BTGH = rotate(q_BTNH, rope), rotate(k_BTGH, rope)
-        if cache is not None:
-            cache = _write(cache, k_BTGH, v_BTGH)
-            k_BGSH = jax.lax.dynamic_index_in_dim(cache.keys_RBGSH, cache.index, keepdims=False)
-            v_BGSH = jax.lax.dynamic_index_in_dim(cache.values_RBGSH, cache.index, keepdims=False)
-            y_BTNH = attend_heads_first(q_BTNH, k_BGSH, v_BGSH, mask_BTS)
-        else:
-            y_BTNH = attend(q_BTNH, k_BTGH, v_BTGH, mask_BTS)
+        q_BTNH, k_BTGH = self._place(q_BTNH, k_BTGH, row, traits)
+        y_BTNH, cache = attend_row(
+            (q_BTNH, k_BTGH, v_BTGH),
+            layer_mask(row, traits),
+            cache,
+            scale=self.config.attention_scale,
+            sinks_N=None if self.sinks is None else self.sinks[...],
+        )
         return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        config, clip = self.config, self.config.clip_qkv
         q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        if self.q_norm is not None:
+        if config.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.clip is not None:
-            q, k, v = (jnp.clip(value, -self.clip, self.clip) for value in (q, k, v))
-        return tuple(value.reshape(*x_BTD.shape[:2], -1, self.head_dim) for value in (q, k, v))
+        q, k, v = (value.reshape(*x_BTD.shape[:2], -1, config.head_dim) for value in (q, k, v))
+        if config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if clip is not None:
+            q, k, v = (jnp.clip(value, -clip, clip) for value in (q, k, v))
+        return q, k, v
+
+    def _place(
+        self, q_BTNH: jax.Array, k_BTGH: jax.Array, row: Row, traits: Traits
+    ) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys with their positions in them."""
+        config, tables = self.config, layer_tables(row.rope, traits)
+        if tables is not None:
+            q_BTNH, k_BTGH = (
+                rotate(x, tables, interleaved=config.rope.interleaved) for x in (q_BTNH, k_BTGH)
+            )
+        if tables is not None and config.qk_norm == "l2_after_rope":
+            q_BTNH, k_BTGH = (_where(traits.rope, _unit(x, config.norm_eps), x) for x in (q_BTNH, k_BTGH))
+        if traits.temperature is not False and config.query_temperature is not None:
+            scale, floor = config.query_temperature
+            past_BT = jnp.floor((row.positions_BT.astype(jnp.float32) + 1) / floor)
+            factor_BT11 = (1 + scale * jnp.log1p(past_BT))[:, :, None, None]
+            q_BTNH = _where(traits.temperature, (q_BTNH * factor_BT11).astype(q_BTNH.dtype), q_BTNH)
+        return q_BTNH, k_BTGH
 
 
-def attend(q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def layer_tables(rope: Tables, traits: Traits) -> Tables | None:
+    """The rotary tables of one layer; None where it is known not to rotate."""
+    if isinstance(traits.rope, bool):
+        return rope if traits.rope else None
+    # A layer that does not rotate turns by the angle 0.
+    cos, sin = rope
+    return jnp.where(traits.rope, cos, 1.0), jnp.where(traits.rope, sin, 0.0)
+
+
+def layer_mask(row: Row, traits: Traits) -> jax.Array:
+    """Which keys each query sees in one layer, bool [B, T, S]."""
+    mask_BTS = row.mask_BTS
+    query_BT1, key_B1S = row.positions_BT[:, :, None], row.key_positions_BS[:, None, :]
+    if not _is_zero(traits.window):
+        mask_BTS = mask_BTS & (key_B1S > query_BT1 - traits.window)
+    if not _is_zero(traits.chunk):
+        mask_BTS = mask_BTS & (key_B1S // traits.chunk == query_BT1 // traits.chunk)
+    return mask_BTS
+
+
+def attend_row(
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    mask_BTS: jax.Array,
+    cache: LayerCache | None,
+    *,
+    scale: float | None,
+    sinks_N: jax.Array | None = None,
+) -> tuple[jax.Array, LayerCache | None]:
+    """`attend` over a row's own keys, or over the cache after they are written into it."""
+    q_BTNH, k_BTGH, v_BTGW = qkv
+    if cache is None:
+        return attend(q_BTNH, k_BTGH, v_BTGW, mask_BTS, scale=scale, sinks_N=sinks_N), None
+    cache = cache.write(k_BTGH, v_BTGW)
+    return attend_heads_first(q_BTNH, *cache.read(), mask_BTS, scale=scale, sinks_N=sinks_N), cache
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BSGH: jax.Array,
+    v_BSGW: jax.Array,
+    mask_BTS: jax.Array,
+    *,
+    scale: float | None = None,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:
     """`attend_heads_first` for keys and values as they are projected."""
-    return attend_heads_first(q_BTNH, k_BSGH.transpose(0, 2, 1, 3), v_BSGH.transpose(0, 2, 1, 3), mask_BTS)
+    k_BGSH, v_BGSW = k_BSGH.transpose(0, 2, 1, 3), v_BSGW.transpose(0, 2, 1, 3)
+    return attend_heads_first(q_BTNH, k_BGSH, v_BGSW, mask_BTS, scale=scale, sinks_N=sinks_N)
 
 
 def attend_heads_first(
-    q_BTNH: jax.Array, k_BGSH: jax.Array, v_BGSH: jax.Array, mask_BTS: jax.Array
+    q_BTNH: jax.Array,
+    k_BGSH: jax.Array,
+    v_BGSW: jax.Array,
+    mask_BTS: jax.Array,
+    *,
+    scale: float | None = None,
+    sinks_N: jax.Array | None = None,
 ) -> jax.Array:
     """Causal scaled dot-product attention; scores and softmax in float32.
 
     Query t must see no key behind slot t when T > 1: the queries are taken in blocks, and a block never
     touches the keys behind it, which saves up to half of the scores.
 
+    Args:
+        q_BTNH, k_BGSH, v_BGSW: queries, keys, values.
+        mask_BTS: bool, True where a query sees a key.
+        scale: factor of the scores; H ** -0.5 by default.
+        sinks_N: a logit a query head that joins the softmax and carries no value.
+
     Returns:
-        [B, T, N, H] in the dtype of q.
+        [B, T, N, W] in the dtype of q.
     """
-    length, groups = q_BTNH.shape[1], k_BGSH.shape[1]
-    q_BTGQH = q_BTNH.reshape(*q_BTNH.shape[:2], groups, -1, q_BTNH.shape[-1])
+    rows, length, heads, width = q_BTNH.shape
+    groups = k_BGSH.shape[1]
+    q_BTGQH = q_BTNH.reshape(rows, length, groups, -1, width)
     # Heads come before positions: every product below is then a plain batched matrix product.
-    q_BGQTH = q_BTGQH.transpose(0, 2, 3, 1, 4) * q_BTNH.shape[-1] ** -0.5
+    q_BGQTH = q_BTGQH.transpose(0, 2, 3, 1, 4) * (width**-0.5 if scale is None else scale)
+    sinks_GQ11 = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(groups, -1, 1, 1)
     block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
     if length <= block:
-        y_BGQTH = _attend_block(q_BGQTH, k_BGSH, v_BGSH, mask_BTS)
+        y_BGQTW = _attend_block(q_BGQTH, k_BGSH, v_BGSW, mask_BTS, sinks_GQ11)
     else:
         blocks = [
             _attend_block(
                 q_BGQTH[:, :, :, start : start + block],
                 k_BGSH[:, :, : start + block],
-                v_BGSH[:, :, : start + block],
+                v_BGSW[:, :, : start + block],
                 mask_BTS[:, start : start + block, : start + block],
+                sinks_GQ11,
             )
             for start in range(0, length, block)
         ]
-        y_BGQTH = jnp.concatenate(blocks, axis=3)
-    return y_BGQTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+        y_BGQTW = jnp.concatenate(blocks, axis=3)
+    return y_BGQTW.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, -1)
 
 
-def _attend_block(q_BGQTH: jax.Array, k_BGSH: jax.Array, v_BGSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def _attend_block(
+    q_BGQTH: jax.Array,
+    k_BGSH: jax.Array,
+    v_BGSW: jax.Array,
+    mask_BTS: jax.Array,
+    sinks_GQ11: jax.Array | None,
+) -> jax.Array:
     scores = jnp.einsum("BGQTH,BGSH->BGQTS", q_BGQTH, k_BGSH, preferred_element_type=jnp.float32)
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    # Softmax with the division after the second product, where it touches H numbers a query and not S.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    largest_BGQT1 = scores.max(axis=-1, keepdims=True)
+    if sinks_GQ11 is not None:
+        largest_BGQT1 = jnp.maximum(largest_BGQT1, sinks_GQ11)
+    largest_BGQT1 = jax.lax.stop_gradient(largest_BGQT1)
+    # Softmax with the division after the second product, where it touches W numbers a query and not S.
+    weights = jnp.exp(scores - largest_BGQT1)
     total_BGQT1 = weights.sum(axis=-1, keepdims=True)
-    y_BGQTH = jnp.einsum(
-        "BGQTS,BGSH->BGQTH", weights.astype(v_BGSH.dtype), v_BGSH, preferred_element_type=jnp.float32
+    if sinks_GQ11 is not None:
+        total_BGQT1 = total_BGQT1 + jnp.exp(sinks_GQ11 - largest_BGQT1)
+    y_BGQTW = jnp.einsum(
+        "BGQTS,BGSW->BGQTW", weights.astype(v_BGSW.dtype), v_BGSW, preferred_element_type=jnp.float32
     )
-    return (y_BGQTH / total_BGQT1).astype(q_BGQTH.dtype)
+    return (y_BGQTW / total_BGQT1).astype(q_BGQTH.dtype)
 
 
-def _write(cache: LayerCache, k_BTGH: jax.Array, v_BTGH: jax.Array) -> LayerCache:
-    start = (cache.index, 0, 0, cache.slot, 0)
+def _unit(x_BTNH: jax.Array, eps: float) -> jax.Array:
+    return unit_rms(x_BTNH, eps).astype(x_BTNH.dtype)
 
-    def write(stack_RBGSH: jax.Array, new_BTGH: jax.Array) -> jax.Array:
-        new_1BGTH = new_BTGH.transpose(0, 2, 1, 3)[None].astype(stack_RBGSH.dtype)
-        return jax.lax.dynamic_update_slice(stack_RBGSH, new_1BGTH, start)
 
-    return cache._replace(
-        keys_RBGSH=write(cache.keys_RBGSH, k_BTGH), values_RBGSH=write(cache.values_RBGSH, v_BTGH)
-    )
+def _where(flag: bool | jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    if isinstance(flag, bool):
+        return yes if flag else no
+    return jnp.where(flag, yes, no)
+
+
+def _is_zero(limit: int | jax.Array) -> bool:
+    return isinstance(limit, int) and limit == 0

@@ -21,6 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from safemoe_jax.models.activation import Activation
 from safemoe_jax.models.expert_layout import Aligned, Blocks, Pairs, align, sort_pairs, weighted_sum
 
 KEPT_NAME = "expert_pre_activations"
@@ -28,17 +29,20 @@ KEPT_NAME = "expert_pre_activations"
 
 
 class Stack(NamedTuple):
-    """Expert weights: gate and up [G,D,F], down [G,F,D]."""
+    """Expert weights: gate and up [G,D,F], down [G,F,D]; all three biases [G,F], [G,F], [G,D], or none."""
 
     gate: jax.Array
     up: jax.Array
     down: jax.Array
+    gate_bias: jax.Array | None = None
+    up_bias: jax.Array | None = None
+    down_bias: jax.Array | None = None
 
     def layer(self, first_group: jax.Array | int, n_experts: int) -> Stack:
         """A copy of the groups of one layer; no copy where the stack is one layer."""
         if self.gate.shape[0] == n_experts:
             return self
-        return Stack(*(lax.dynamic_slice_in_dim(w, first_group, n_experts) for w in self))
+        return jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, first_group, n_experts), self)
 
 
 class _Saved(NamedTuple):
@@ -53,6 +57,7 @@ class _Saved(NamedTuple):
     stack: Stack
     first_group: jax.Array
     pairs: Pairs
+    activation: Activation
     gate_PF: jax.Array
     up_PF: jax.Array
     trainable: tuple | None
@@ -75,26 +80,32 @@ def blocks_ffn(
     stack: Stack,
     first_group: jax.Array | int,
     n_experts: int,
+    activation: Activation,
 ) -> jax.Array:
-    """sum_k weights[t,k] * down_e(silu(gate_e x_t) * up_e x_t) with e = experts[t,k], [T,D] float32.
+    """sum_k weights[t,k] * down_e(activation(gate_e x_t, up_e x_t)) with e = experts[t,k], [T,D] float32.
 
     Gradients reach x_TD, weights_TK and, only where the weights are being differentiated, the stack. Without
     differentiation nothing is kept. Experts outside [0, n_experts) contribute zero.
     """
     pairs = sort_pairs(experts_TK, n_experts)
-    return _ffn(x_TD, weights_TK, stack, jnp.asarray(first_group, jnp.int32), pairs)
+    return _ffn(x_TD, weights_TK, stack, jnp.asarray(first_group, jnp.int32), pairs, activation)
 
 
 @jax.custom_vjp
 def _ffn(
-    x_TD: jax.Array, weights_TK: jax.Array, stack: Stack, first_group: jax.Array, pairs: Pairs
+    x_TD: jax.Array,
+    weights_TK: jax.Array,
+    stack: Stack,
+    first_group: jax.Array,
+    pairs: Pairs,
+    activation: Activation,
 ) -> jax.Array:
-    return _forward(x_TD, weights_TK, stack, first_group, pairs, keep=False)[0]
+    return _forward(x_TD, weights_TK, stack, first_group, pairs, activation, keep=False)[0]
 
 
 def _ffn_forward(*primals: object) -> tuple[jax.Array, _Saved]:
     is_primal = lambda leaf: hasattr(leaf, "perturbed")  # noqa: E731
-    trainable = any(leaf.perturbed for leaf in primals[2])
+    trainable = any(leaf.perturbed for leaf in primals[2] if leaf is not None)
     arguments = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
     y_TD, *kept = _forward(*arguments, keep=True)
     # `jax.checkpoint` never saves what leaves a loop, whatever its policy; it does save named values.
@@ -104,9 +115,9 @@ def _ffn_forward(*primals: object) -> tuple[jax.Array, _Saved]:
 
 def _ffn_backward(saved: _Saved, d_y_TD: jax.Array | SymbolicZero) -> tuple:
     if isinstance(d_y_TD, SymbolicZero):
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     d_x_TD, d_weights_TK, d_stack = _backward(saved, d_y_TD)
-    return d_x_TD, d_weights_TK, d_stack, None, None
+    return d_x_TD, d_weights_TK, d_stack, None, None, None
 
 
 _ffn.defvjp(_ffn_forward, _ffn_backward, symbolic_zeros=True)
@@ -115,6 +126,12 @@ _ffn.defvjp(_ffn_forward, _ffn_backward, symbolic_zeros=True)
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
     dimensions = ((contract[:1], contract[1:]), ((), ()))
     return lax.dot_general(a, b.astype(a.dtype), dimensions, preferred_element_type=jnp.float32)
+
+
+def _project(rows: jax.Array, weights: jax.Array, bias: jax.Array | None, group: jax.Array) -> jax.Array:
+    """rows times one group's matrix, plus its bias where there is one; float32."""
+    out = _dot(rows, weights[group])
+    return out if bias is None else out + bias[group].astype(jnp.float32)
 
 
 def _write(buffers: list[jax.Array], rows: list[jax.Array], start: jax.Array) -> list[jax.Array]:
@@ -163,6 +180,7 @@ def _forward(
     stack: Stack,
     first_group: jax.Array,
     pairs: Pairs,
+    activation: Activation,
     *,
     keep: bool,
 ) -> list[jax.Array]:
@@ -175,8 +193,10 @@ def _forward(
         expert: jax.Array, take: Callable, start: jax.Array, buffers: list[jax.Array], stack: Stack
     ) -> list[jax.Array]:
         group, rows = first_group + expert, x_TD[take(layout.pair_P) // plan.top_k]
-        gate, up = _dot(rows, stack.gate[group]), _dot(rows, stack.up[group])
-        out = _dot((jax.nn.silu(gate) * up).astype(rows.dtype), stack.down[group])
+        gate = _project(rows, stack.gate, stack.gate_bias, group)
+        up = _project(rows, stack.up, stack.up_bias, group)
+        act = activation.forward(gate, up).astype(rows.dtype)
+        out = _project(act, stack.down, stack.down_bias, group)
         return _write(buffers, [out, gate, up] if keep else [out], start)
 
     kept = [plan.buffer(expert_width), plan.buffer(expert_width)] if keep else []
@@ -190,7 +210,7 @@ def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, S
     The weight's cotangent is taken before ``down`` (its transpose applied to d_y), so that the experts'
     outputs need not be kept.
     """
-    x_TD, weights_TK, stack, first_group, pairs = saved[:5]
+    x_TD, weights_TK, stack, first_group, pairs, activation = saved[:6]
     plan = _plan(pairs)
     layout = plan.layout
     weight_P = weights_TK.astype(jnp.float32).reshape(-1)[layout.pair_P]
@@ -198,26 +218,34 @@ def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, S
 
     def visit(expert: jax.Array, take: Callable, start: jax.Array, carry: tuple, stack: Stack) -> tuple:
         buffers, sums = carry
-        gate_w, up_w, down_w = (w[first_group + expert] for w in stack)
+        gate_w, up_w, down_w = (w[first_group + expert] for w in stack[:3])
         token, weight = take(layout.pair_P) // plan.top_k, take(weight_P)[:, None]
         gate, up = take(saved.gate_PF), take(saved.up_PF)
         d_y = d_y_TD[token]
         d_act = _dot(d_y, down_w, (1, 1))
-        silu, d_gate, d_up = _swiglu_backward(gate, up, d_act * weight)
+        act, d_gate, d_up = activation.backward(gate, up, d_act * weight)
         d_gate, d_up = d_gate.astype(d_y.dtype), d_up.astype(d_y.dtype)
         d_rows = _dot(d_gate, gate_w, (1, 1)) + _dot(d_up, up_w, (1, 1))
-        buffers = _write(buffers, [d_rows, jnp.sum(d_act * silu * up, 1)], start)
+        d_weight = jnp.sum(d_act * act, 1)
+        if stack.down_bias is not None:
+            d_weight += d_y.astype(jnp.float32) @ stack.down_bias[first_group + expert].astype(jnp.float32)
+        buffers = _write(buffers, [d_rows, d_weight], start)
         if saved.trainable is not None:
             own = take(layout.filled_P)[:, None]
             d_gate, d_up = jnp.where(own, d_gate, 0), jnp.where(own, d_up, 0)
-            act = jnp.where(own, silu * up * weight, 0).astype(d_y.dtype)
+            act = jnp.where(own, act * weight, 0).astype(d_y.dtype)
             products = [(x_TD[token], d_gate), (x_TD[token], d_up), (act, d_y)]
-            sums = [s.at[expert].add(_dot(a, b, (0, 0))) for s, (a, b) in zip(sums, products, strict=True)]
+            terms = [_dot(a, b, (0, 0)) for a, b in products]
+            if stack.down_bias is not None:
+                d_out = jnp.where(own, d_y * weight, 0)
+                terms += [rows.astype(jnp.float32).sum(0) for rows in (d_gate, d_up, d_out)]
+            sums = [s.at[expert].add(term) for s, term in zip(sums, terms, strict=True)]
         return buffers, sums
 
     sums = []
     if saved.trainable is not None:
-        sums = [jnp.zeros((pairs.counts_E.size, *w.shape[1:]), jnp.float32) for w in stack]
+        shapes = [(pairs.counts_E.size, *w.shape[1:]) for w in jax.tree.leaves(stack)]
+        sums = [jnp.zeros(shape, jnp.float32) for shape in shapes]
     buffers = [plan.buffer(x_TD.shape[1]), plan.buffer()]
     (d_rows_PD, d_weight_P), sums = plan.loop(visit, (buffers, sums), stack)
     d_x_TD = weighted_sum(d_rows_PD, None, layout.place_TK).astype(x_TD.dtype)
@@ -225,21 +253,13 @@ def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, S
     return d_x_TD, d_weights_TK, _in_stack(sums, stack, first_group)
 
 
-def _swiglu_backward(gate: jax.Array, up: jax.Array, d_act: jax.Array) -> tuple[jax.Array, ...]:
-    """silu(gate), and the cotangents of gate and up for silu(gate) * up."""
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    return silu, d_act * up * (sigmoid + silu * (1 - sigmoid)), d_act * silu
-
-
 def _in_stack(sums: list[jax.Array], stack: Stack, first_group: jax.Array) -> Stack | None:
     """The experts' gradients at their place in the stack, in its dtype; None where the stack is frozen."""
     if not sums:
         return None
-    sums = [s.astype(w.dtype) for s, w in zip(sums, stack, strict=True)]
-    if stack.gate.shape[0] == sums[0].shape[0]:
-        return Stack(*sums)
-    zeros = [jnp.zeros_like(w) for w in stack]
-    return Stack(
-        *(lax.dynamic_update_slice_in_dim(z, s, first_group, 0) for z, s in zip(zeros, sums, strict=True))
-    )
+    parts = Stack(*sums)  # the biases come last in both, so leaves and fields are in one order
+    parts = jax.tree.map(lambda part, w: part.astype(w.dtype), parts, stack)
+    if stack.gate.shape[0] == parts.gate.shape[0]:
+        return parts
+    place = lambda part, w: lax.dynamic_update_slice_in_dim(jnp.zeros_like(w), part, first_group, 0)  # noqa: E731
+    return jax.tree.map(place, parts, stack)

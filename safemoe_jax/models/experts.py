@@ -1,4 +1,4 @@
-"""The routed experts of one layer.
+"""The routed experts of one layer, its shared expert and their router.
 
 Legend: B rows, T positions, D model width, F expert width, E experts, K experts of a token, r rank,
 G expert groups that the arrays hold: E for one layer, or repeats * E for a whole stack read in place.
@@ -10,24 +10,38 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from safemoe_jax.models.activation import Activation
 from safemoe_jax.models.config import Compute, LoraConfig, ModelConfig
+from safemoe_jax.models.expert_blocks import Stack
+from safemoe_jax.models.feed_forward import FeedForward
 from safemoe_jax.models.grouped_matmul import choose_kernel, expert_ffn
+from safemoe_jax.models.linear import Linear
 from safemoe_jax.models.params import LoraParam, ParamSpec
 from safemoe_jax.models.router import Router, choose_experts
 
 GATE_UP_TARGET = "mlp.experts.gate_up_proj"
 DOWN_TARGET = "mlp.experts.down_proj"
+EXPERT_STACKS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+"""Parameters of `Experts` with one entry an expert: kernels read a stack of layers [R * E, ...] in place."""
 
 
 class Experts(nnx.Module):
-    """SwiGLU experts: down(silu(gate(x)) * up(x)), each optionally with its own low-rank update."""
+    """Gated experts, down(activation(gate(x), up(x))), each optionally with its own low-rank update."""
 
     def __init__(self, config: ModelConfig) -> None:
         n, d, f = config.n_experts, config.d_model, config.expert_dim
         self.gate = nnx.Param(ParamSpec((n, d, f), ("expert", "embed", "mlp")))
         self.up = nnx.Param(ParamSpec((n, d, f), ("expert", "embed", "mlp")))
         self.down = nnx.Param(ParamSpec((n, f, d), ("expert", "mlp", "embed")))
+        wide = ParamSpec((n, f), ("expert", "mlp"), "zeros")
+        narrow = ParamSpec((n, d), ("expert", "embed"), "zeros")
+        self.gate_bias = nnx.Param(wide) if config.expert_bias else None
+        self.up_bias = nnx.Param(wide) if config.expert_bias else None
+        self.down_bias = nnx.Param(narrow) if config.expert_bias else None
         self.n_experts = n
+        self.activation = Activation(config.activation, config.activation_limit, config.activation_alpha)
+        self.scale_input = config.routing.kind == "sigmoid_input"
+        self.float32_weights = config.routing.float32_weights
         self.lora = _expert_lora(config.lora)
         if self.lora is not None and GATE_UP_TARGET in self.lora.targets:
             rank = self.lora.rank
@@ -55,56 +69,59 @@ class Experts(nnx.Module):
             first_group: where this layer's experts begin in the arrays (see G above).
             compute: kernel and mesh.
         """
-        gate, up, down, first_group = self._effective_weights(first_group, x_BTD.dtype)
-        width, k = x_BTD.shape[-1], weights_BTK.shape[-1]
-        kernel = compute.experts
-        if kernel == "auto":
-            tokens = x_BTD.shape[0] * x_BTD.shape[1]
-            kernel = choose_kernel(platform(compute), tokens, k, self.n_experts, width, gate.shape[-1])
+        stack, first_group = self._effective_weights(first_group, x_BTD.dtype)
+        x_XD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        weights_XK = weights_BTK.reshape(-1, weights_BTK.shape[-1])
         y_XD = expert_ffn(
-            x_BTD.reshape(-1, width),
-            weights_BTK.reshape(-1, k).astype(x_BTD.dtype),
-            experts_BTK.reshape(-1, k),
-            gate,
-            up,
-            down,
+            x_XD,
+            weights_XK if self.float32_weights else weights_XK.astype(x_XD.dtype),
+            experts_BTK.reshape(weights_XK.shape),
+            *stack[:3],
             first_group=first_group,
             n_experts=self.n_experts,
-            kernel=kernel,
+            kernel=self._kernel(compute, weights_XK.shape, stack),
             mesh=compute.mesh,
+            biases=None if self.down_bias is None else stack[3:],
+            activation=self.activation,
+            scale_input=self.scale_input,
         )
         return y_XD.reshape(x_BTD.shape)
 
+    def _kernel(self, compute: Compute, pairs: tuple[int, int], stack: Stack) -> str:
+        if compute.experts != "auto":
+            return compute.experts
+        tokens, k = (pairs[0] * pairs[1], 1) if self.scale_input else pairs
+        return choose_kernel(platform(compute), tokens, k, self.n_experts, *stack.gate.shape[1:])
+
     def _effective_weights(
         self, first_group: jax.Array | int, dtype: jnp.dtype
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | int]:
+    ) -> tuple[Stack, jax.Array | int]:
         """The layer's weights with the adapters' updates added, for one layer at a time."""
-        gate, up, down = (w[...].astype(dtype) for w in (self.gate, self.up, self.down))
+        arrays = self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias
+        stack = Stack(*(w if w is None else w[...].astype(dtype) for w in arrays))
         if self.lora is None:
-            return gate, up, down, first_group
-        gate, up, down = (
-            jax.lax.dynamic_slice_in_dim(w, first_group, self.n_experts)
-            if w.shape[0] != self.n_experts
-            else w
-            for w in (gate, up, down)
-        )
+            return stack, first_group
+        stack = stack.layer(first_group, self.n_experts)
         scale = self.lora.scale
         if GATE_UP_TARGET in self.lora.targets:
             update = scale * (self.gate_up_lora_a[...] @ self.gate_up_lora_b[...])
             gate_update, up_update = jnp.split(update.astype(dtype), 2, axis=-1)
-            gate, up = gate + gate_update, up + up_update
+            stack = stack._replace(gate=stack.gate + gate_update, up=stack.up + up_update)
         if DOWN_TARGET in self.lora.targets:
-            down = down + (scale * (self.down_lora_a[...] @ self.down_lora_b[...])).astype(dtype)
-        return gate, up, down, 0
+            update = scale * (self.down_lora_a[...] @ self.down_lora_b[...])
+            stack = stack._replace(down=stack.down + update.astype(dtype))
+        return stack, 0
 
 
 class MoE(nnx.Module):
-    """Router and experts of one layer."""
+    """Router and experts of one layer, and the shared expert that every token gets besides."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.router = Router(config)
         self.experts = Experts(config)
-        self.top_k, self.renormalise = config.top_k, config.norm_topk_prob
+        self.shared = FeedForward(config, config.shared_dim) if config.shared_dim else None
+        self.shared_gate = _shared_gate(config) if config.shared_dim and config.shared_gate else None
+        self.config = config
 
     def __call__(
         self,
@@ -129,8 +146,20 @@ class MoE(nnx.Module):
         used_BTE = logits_BTE
         if forced_BT is not None:
             used_BTE = jnp.where(forced_BT[..., None], forced_logits_BTE, logits_BTE)
-        weights_BTK, experts_BTK = choose_experts(used_BTE, self.top_k, self.renormalise)
-        return self.experts(x_BTD, weights_BTK, experts_BTK, first_group, compute), logits_BTE
+        correction = self.router.correction_bias
+        weights_BTK, experts_BTK = choose_experts(
+            used_BTE, self.config, None if correction is None else correction[...]
+        )
+        y_BTD = self.experts(x_BTD, weights_BTK, experts_BTK, first_group, compute)
+        return self._with_shared(x_BTD, y_BTD), logits_BTE
+
+    def _with_shared(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+        if self.shared is None:
+            return y_BTD
+        shared_BTD = self.shared(x_BTD)
+        if self.shared_gate is not None:
+            shared_BTD = jax.nn.sigmoid(self.shared_gate(x_BTD)) * shared_BTD
+        return y_BTD + shared_BTD
 
 
 def platform(compute: Compute) -> str:
@@ -138,6 +167,10 @@ def platform(compute: Compute) -> str:
     if compute.mesh is not None:
         return compute.mesh.devices.flat[0].platform
     return jax.default_backend()
+
+
+def _shared_gate(config: ModelConfig) -> Linear:
+    return Linear("shared_expert_gate", config.d_model, 1, ("embed", None), lora=config.lora)
 
 
 def _expert_lora(lora: LoraConfig | None) -> LoraConfig | None:

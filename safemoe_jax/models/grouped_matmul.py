@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from safemoe_jax.errors import InputError
+from safemoe_jax.models.activation import SILU, Activation
 from safemoe_jax.models.expert_blocks import Stack, blocks_ffn
-from safemoe_jax.models.expert_layout import collect, dispatch, sort_pairs
+from safemoe_jax.models.expert_layout import Pairs, collect, dispatch, sort_pairs
 
 Kernel = Literal["dense", "blocks", "ragged", "megablox"]
 KERNELS: tuple[Kernel, ...] = ("dense", "blocks", "ragged", "megablox")
@@ -64,8 +65,13 @@ def expert_ffn(
     n_experts: int,
     kernel: Kernel,
     mesh: Mesh | None = None,
+    biases: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    activation: Activation = SILU,
+    scale_input: bool = False,
 ) -> jax.Array:
-    """y[t] = sum_k weights[t,k] * down_e(silu(gate_e x_t) * (up_e x_t)), e = experts[t,k]; none is dropped.
+    """y[t] = sum_k weights[t,k] * down_e(activation(gate_e x_t, up_e x_t)), e = experts[t,k]; no drops.
+
+    With `scale_input` the weight stands inside: y[t] = sum_k ffn_e(weights[t,k] * x_t).
 
     Under a mesh of several devices each computes its own tokens (axes "data" and "fsdp"), its own experts
     ("expert") and its own slice of the expert width ("tensor"); the partial results are summed over the
@@ -83,6 +89,9 @@ def expert_ffn(
         kernel: "dense" (all experts; the oracle), "blocks" (CPU), "ragged" (`jax.lax.ragged_dot`) or
             "megablox" (Pallas kernel for TPUs, interpreted elsewhere).
         mesh: the mesh that the program is compiled for, if any.
+        biases: of gate and up [G,F] and of down [G,D]; each is added once a chosen expert.
+        activation: what stands between the projections, silu(gate) * up by default.
+        scale_input: the weights multiply the experts' input, not their output.
 
     Returns:
         [T,D] in the dtype of x_TD; products are accumulated in float32.
@@ -92,13 +101,27 @@ def expert_ffn(
     """
     if kernel not in KERNELS:
         raise InputError(f"no expert kernel {kernel!r}", where="experts", expected=f"one of {KERNELS}")
-    stack = Stack(gate_GDF, up_GDF, down_GFD)
+    stack = Stack(gate_GDF, up_GDF, down_GFD, *(biases or ()))
+    arguments = x_TD, weights_TK, experts_TK
+    if scale_input:
+        arguments = _one_row_a_pair(*arguments)
     if mesh is not None and mesh.size > 1:
         stack = stack.layer(first_group, n_experts)
-        return _sharded(x_TD, weights_TK, experts_TK, stack, n_experts, kernel, mesh)
-    interpret = _platform(mesh) != "tpu"
-    y_TD = _one_device(x_TD, weights_TK, experts_TK, stack, first_group, n_experts, kernel, interpret)
-    return y_TD.astype(x_TD.dtype)
+        y_XD = _sharded(*arguments, stack, n_experts, kernel, mesh, activation)
+    else:
+        interpret = _platform(mesh) != "tpu"
+        y_XD = _one_device(*arguments, stack, first_group, n_experts, kernel, interpret, activation)
+    y_XD = y_XD.astype(x_TD.dtype)
+    return y_XD.reshape(*experts_TK.shape, -1).sum(1) if scale_input else y_XD
+
+
+def _one_row_a_pair(
+    x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each pair as a token of its own, already weighted: rows [N,D], weights [N,1] of one, experts [N,1]."""
+    rows_TKD = x_TD[:, None] * weights_TK[..., None].astype(x_TD.dtype)
+    ones_N1 = jnp.ones((experts_TK.size, 1), weights_TK.dtype)
+    return rows_TKD.reshape(-1, x_TD.shape[1]), ones_N1, experts_TK.reshape(-1, 1)
 
 
 def _platform(mesh: Mesh | None) -> str:
@@ -114,17 +137,20 @@ def _one_device(
     n_experts: int,
     kernel: Kernel,
     interpret: bool,
+    activation: Activation,
 ) -> jax.Array:
     """float32 [T,D]; experts outside [0, n_experts) contribute zero."""
     if kernel == "blocks":
-        return blocks_ffn(x_TD, weights_TK, experts_TK, stack, first_group, n_experts)
-    stack = Stack(*(w.astype(x_TD.dtype) for w in stack.layer(first_group, n_experts)))
+        return blocks_ffn(x_TD, weights_TK, experts_TK, stack, first_group, n_experts, activation)
+    stack = jax.tree.map(lambda w: w.astype(x_TD.dtype), stack.layer(first_group, n_experts))
     if kernel == "dense":
-        return _dense(x_TD, weights_TK, experts_TK, stack)
-    return _grouped(x_TD, weights_TK, experts_TK, stack, kernel, interpret)
+        return _dense(x_TD, weights_TK, experts_TK, stack, activation)
+    return _grouped(x_TD, weights_TK, experts_TK, stack, kernel, interpret, activation)
 
 
-def _dense(x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, stack: Stack) -> jax.Array:
+def _dense(
+    x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, stack: Stack, activation: Activation
+) -> jax.Array:
     """Every expert for every token, weighted with zero where it was not chosen.
 
     The experts side by side (X = E*F columns) are one wide feed-forward: three plain matrix products.
@@ -134,9 +160,12 @@ def _dense(x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, stack:
     gate_DX, up_DX = (w.swapaxes(0, 1).reshape(width, -1) for w in stack[:2])
     gate_TX = jnp.dot(x_TD, gate_DX, preferred_element_type=jnp.float32)
     up_TX = jnp.dot(x_TD, up_DX, preferred_element_type=jnp.float32)
-    act_TX = jax.nn.silu(gate_TX) * up_TX * jnp.repeat(weights_TE, expert_width, axis=1)
+    if stack.down_bias is not None:
+        gate_TX, up_TX = gate_TX + stack.gate_bias.reshape(-1), up_TX + stack.up_bias.reshape(-1)
+    act_TX = activation.forward(gate_TX, up_TX) * jnp.repeat(weights_TE, expert_width, axis=1)
     down_XD = stack.down.reshape(-1, width)
-    return jnp.dot(act_TX.astype(x_TD.dtype), down_XD, preferred_element_type=jnp.float32)
+    y_TD = jnp.dot(act_TX.astype(x_TD.dtype), down_XD, preferred_element_type=jnp.float32)
+    return y_TD if stack.down_bias is None else y_TD + weights_TE @ stack.down_bias.astype(jnp.float32)
 
 
 def _grouped(
@@ -146,6 +175,7 @@ def _grouped(
     stack: Stack,
     kernel: Kernel,
     interpret: bool,
+    activation: Activation,
 ) -> jax.Array:
     """Rows sorted by expert through three grouped matmuls.
 
@@ -156,15 +186,25 @@ def _grouped(
     own_N1 = (jnp.arange(pairs.order_N.size) < pairs.used)[:, None]
     rows_ND = jnp.where(own_N1, dispatch(x_TD, pairs), 0)
 
-    def matmul(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    def project(rows: jax.Array, weights: jax.Array, bias: jax.Array | None) -> jax.Array:
         if kernel == "ragged":
-            return lax.ragged_dot(rows, weights, pairs.counts_E, preferred_element_type=jnp.float32)
-        return _megablox(rows, weights, pairs.counts_E, interpret)
+            out = lax.ragged_dot(rows, weights, pairs.counts_E, preferred_element_type=jnp.float32)
+        else:
+            out = _megablox(rows, weights, pairs.counts_E, interpret)
+        # The mask on the bias is for its gradient: rows of no expert bring undefined values back.
+        return out if bias is None else out + jnp.where(own_N1, bias[_expert_of_place(pairs)], 0)
 
-    gate_NF, up_NF = matmul(rows_ND, stack.gate), matmul(rows_ND, stack.up)
-    act_NF = (jax.nn.silu(gate_NF) * up_NF).astype(x_TD.dtype)
-    out_ND = jnp.where(own_N1, matmul(act_NF, stack.down), 0)
+    gate_NF = project(rows_ND, stack.gate, stack.gate_bias)
+    up_NF = project(rows_ND, stack.up, stack.up_bias)
+    act_NF = activation.forward(gate_NF, up_NF).astype(x_TD.dtype)
+    out_ND = jnp.where(own_N1, project(act_NF, stack.down, stack.down_bias), 0)
     return collect(out_ND, weights_TK, pairs)
+
+
+def _expert_of_place(pairs: Pairs) -> jax.Array:
+    """int32 [N], the expert in each place; of places of no expert, the last one."""
+    experts_E = jnp.arange(pairs.counts_E.size, dtype=jnp.int32)
+    return jnp.repeat(experts_E, pairs.counts_E, total_repeat_length=pairs.order_N.size)
 
 
 def _megablox(rows: jax.Array, weights: jax.Array, counts_E: jax.Array, interpret: bool) -> jax.Array:
@@ -184,6 +224,7 @@ def _sharded(
     n_experts: int,
     kernel: Kernel,
     mesh: Mesh,
+    activation: Activation,
 ) -> jax.Array:
     """`_one_device` on every device, for its tokens, experts and slice of the expert width."""
     _check_divides(mesh, "expert", n_experts, "experts")
@@ -198,13 +239,20 @@ def _sharded(
     def local(x_TD: jax.Array, weights_TK: jax.Array, experts_TK: jax.Array, stack: Stack) -> jax.Array:
         if expert is not None:
             experts_TK = experts_TK - lax.axis_index(expert) * own_experts
-        y_TD = _one_device(x_TD, weights_TK, experts_TK, stack, 0, own_experts, kernel, interpret)
+        if tensor is not None and stack.down_bias is not None:
+            # The partial sums over the expert width are added up: one of them brings the bias.
+            first = lax.axis_index(tensor) == 0
+            stack = stack._replace(down_bias=jnp.where(first, stack.down_bias, 0))
+        arguments = x_TD, weights_TK, experts_TK, stack
+        y_TD = _one_device(*arguments, 0, own_experts, kernel, interpret, activation)
         return y_TD[None]
 
     # Partial sums leave stacked along a sharded axis and are added outside: the transpose of that sum is a
     # broadcast without communication, where the transpose of a psum inside would be another psum.
     parts = tuple(axis for axis in (expert, tensor) if axis is not None)
     weights_in = Stack(P(expert, None, tensor), P(expert, None, tensor), P(expert, tensor, None))
+    if stack.down_bias is not None:
+        weights_in = Stack(*weights_in[:3], P(expert, tensor), P(expert, tensor), P(expert, None))
     tokens_in = P(batch, None)
     y_STD = jax.shard_map(
         local,

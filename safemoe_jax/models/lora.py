@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -14,6 +15,36 @@ from safemoe_jax.models.params import Params, count, initialise, is_adapter
 from safemoe_jax.models.transformer import declare
 
 EXPERT_TARGETS = {"mlp.experts.gate_up_proj": "gate_up", "mlp.experts.down_proj": "down"}
+TARGETS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "q_a_proj",
+    "q_b_proj",
+    "kv_a_proj_with_mqa",
+    "kv_b_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "gate",
+    "shared_expert_gate",
+    *EXPERT_TARGETS,
+)
+"""Every projection that some model has, by the last part of its Hugging Face name; "gate" is the router."""
+
+
+@functools.cache
+def lora_targets(config: ModelConfig) -> tuple[str, ...]:
+    """The targets that this network has: those that declare an adapter when they are asked for.
+
+    As in PEFT, a target adapts every module of its name: down_proj the dense layers and the shared experts.
+    """
+    return tuple(target for target in TARGETS if _declares_adapter(config, target))
+
+
+def _declares_adapter(config: ModelConfig, target: str) -> bool:
+    return any(map(is_adapter, declare(replace(config, lora=LoraConfig(rank=1, targets=(target,))))))
 
 
 def with_adapters(config: ModelConfig, lora: LoraConfig) -> ModelConfig:
@@ -24,7 +55,7 @@ def with_adapters(config: ModelConfig, lora: LoraConfig) -> ModelConfig:
     """
     if lora.rank < 1:
         raise InputError(f"LoRA rank {lora.rank}", where="lora.rank", expected="a rank of at least 1")
-    known = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", *EXPERT_TARGETS)
+    known = lora_targets(replace(config, lora=None))
     unknown = [target for target in lora.targets if target not in known]
     if unknown or not lora.targets:
         what = f"LoRA target {unknown[0]!r} matches no projection" if unknown else "no LoRA target is named"

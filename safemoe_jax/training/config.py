@@ -93,7 +93,9 @@ class TrainConfig:
         mesh: devices for each kind of parallelism.
         remat: full recomputes a layer's activations in the backward pass, to save memory.
         experts: kernel of the expert layers; auto chooses by the platform.
-        router_aux_coef: weight of the load-balancing loss (for pretraining; 0 is none).
+        router_aux_coef: weight of the load-balancing loss (for pretraining; 0 is none, whatever the
+            checkpoint's config asks for).
+        router_z_coef: weight of the router z-loss (for pretraining; 0 is none).
         initialise: pretrained weights, or random ones for the config in the model folder.
         checkpoint_every: task steps between checkpoints; null is once an epoch and at the end, 0 is never.
         tensorboard: also write TensorBoard files into the run folder.
@@ -118,6 +120,7 @@ class TrainConfig:
     remat: Literal["none", "full"] = "none"
     experts: Literal["auto", "dense", "blocks", "ragged", "megablox"] = "auto"
     router_aux_coef: float = 0.0
+    router_z_coef: float = 0.0
     initialise: Literal["pretrained", "random"] = "pretrained"
     checkpoint_every: int | None = None
     tensorboard: bool = False
@@ -154,6 +157,7 @@ def validate(config: TrainConfig) -> None:
         ("steps", config.steps, _unset_or(1, config.steps), "at least 1, or null"),
         ("gradient_accumulation", (parts := config.gradient_accumulation), parts >= 1, "at least 1"),
         ("router_aux_coef", config.router_aux_coef, config.router_aux_coef >= 0, "0 or more"),
+        ("router_z_coef", config.router_z_coef, config.router_z_coef >= 0, "0 or more"),
         ("checkpoint_every", (every := config.checkpoint_every), _unset_or(0, every), "0 or more, or null"),
         ("optimizer.learning_rate", optimizer.learning_rate, optimizer.learning_rate >= 0, "0 or more"),
         ("optimizer.warmup", optimizer.warmup, 0 <= optimizer.warmup < 1, "a share from 0 to below 1"),

@@ -169,6 +169,7 @@ def prepare(plan: Plan, state: TrainState) -> Programs:
         plan.mesh,
         plan.config.gradient_accumulation,
         plan.config.router_aux_coef,
+        plan.config.router_z_coef,
         defence.loss.term if defence.loss else None,
         defence.gradient.edit if defence.gradient else None,
     )

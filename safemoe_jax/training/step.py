@@ -28,7 +28,7 @@ from safemoe_jax.models.config import Compute, ModelConfig
 from safemoe_jax.models.params import Params, Weights
 from safemoe_jax.models.transformer import hidden_states, unembed
 from safemoe_jax.parallel.mesh import BATCH_AXES, mesh_axis_sizes, replicated
-from safemoe_jax.routing.auxiliary import load_balancing_loss
+from safemoe_jax.routing.auxiliary import load_balancing_loss, z_loss
 from safemoe_jax.training.hooks import Batch, Constants, GradientEdit, LossTerm, Metrics, PassLoss
 from safemoe_jax.training.optimizer import Hyper, update
 from safemoe_jax.training.state import TrainState, frozen_shardings, state_shardings
@@ -57,6 +57,7 @@ class TaskStep:
         mesh: the devices.
         accumulation: parts that the rows are computed in, one after another.
         router_aux_coef: weight of the load-balancing loss.
+        router_z_coef: weight of the router z-loss.
         loss_term: the loss hook's function, or None.
         gradient_edit: the gradient hook's function, or None.
     """
@@ -68,6 +69,7 @@ class TaskStep:
     mesh: Mesh
     accumulation: int = 1
     router_aux_coef: float = 0.0
+    router_z_coef: float = 0.0
     loss_term: LossTerm | None = None
     gradient_edit: GradientEdit | None = None
 
@@ -116,14 +118,22 @@ class TaskStep:
         )
         loss = answer_loss(self.config, weights, output.hidden, part, self.compute)
         total, metrics = loss, {"loss": loss}
-        if self.router_aux_coef:
-            balance = load_balancing_loss(output.router_logits, part["segment_ids"], top_k=self.config.top_k)
-            balance = balance * part["share"]
-            total, metrics = total + self.router_aux_coef * balance, {**metrics, "load_balancing": balance}
+        for name, coefficient, value in self._router_losses(output.router_logits, part):
+            total, metrics = total + coefficient * value, {**metrics, name: value}
         if self.loss_term is not None:
             term, extra = self.loss_term(self.config, weights, output, part, constants.loss)
             total, metrics = total + term, {**metrics, **extra}
         return total, metrics
+
+    def _router_losses(self, router_logits: jax.Array, part: Batch) -> list[tuple[str, float, jax.Array]]:
+        """Name, weight and this part's share of each router loss that the run asks for."""
+        mask, share, losses = part["segment_ids"], part["share"], []
+        if self.router_aux_coef:
+            balance = load_balancing_loss(router_logits, mask, top_k=self.config.top_k)
+            losses.append(("load_balancing", self.router_aux_coef, balance * share))
+        if self.router_z_coef:
+            losses.append(("router_z", self.router_z_coef, z_loss(router_logits, mask) * share))
+        return losses
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from safemoe_jax.data.sources import SourceConfig, read_prompts, read_source
 from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation import suites
-from safemoe_jax.evaluation.judges import get_judge
+from safemoe_jax.evaluation.judges import Judge, get_judge
+from safemoe_jax.evaluation.judges_llama_guard import HUB_ID, LlamaGuardJudge
 from safemoe_jax.evaluation.metrics import get_metric
 from safemoe_jax.evaluation.records import add_results, check_free, write_jsonl
 from safemoe_jax.evaluation.suites import Results, Suites
@@ -38,7 +39,9 @@ class EvaluateConfig:
         task_metric: rouge1; sql (exact, included and execution match); exact (the same words).
         judge: who decides what is unsafe and what a refusal. keywords only looks for refusal phrases: a
             smoke test, not a harmfulness score to be published. organism compares with the right answers
-            that the built-in organism's files hold.
+            that the built-in organism's files hold. llama_guard asks the judge model (of refusals it says
+            nothing: those are told by their phrases).
+        judge_model: Hugging Face folder or hub id of the judge model, for llama_guard.
         aligned: folder or hub id of the aligned model, for drift; null is the model without its adapter.
         max_new_tokens: longest answer to harmful and benign instructions.
         task_max_new_tokens: longest answer to a task sample.
@@ -56,7 +59,8 @@ class EvaluateConfig:
     benign: SourceConfig | None = None
     task: SourceConfig | None = None
     task_metric: Literal["rouge1", "sql", "exact"] = "rouge1"
-    judge: Literal["keywords", "organism"] = "keywords"
+    judge: Literal["keywords", "organism", "llama_guard"] = "keywords"
+    judge_model: str = HUB_ID
     aligned: str | None = None
     max_new_tokens: int = 1024
     task_max_new_tokens: int = 512
@@ -75,9 +79,9 @@ def evaluate(config: EvaluateConfig) -> str:
     """
     settings = _settings(config)
     check_free(config.output, "evaluation", settings)
-    judge = organism_judge() if config.judge == "organism" else get_judge(config.judge)
     metric = get_metric(config.task_metric)
     tests = _read_suites(config)
+    judge = _judge(config)
     model = load_model(config.model, config.adapter, config.dtype, config.mesh)
     found = suites.evaluate(
         model,
@@ -92,6 +96,14 @@ def evaluate(config: EvaluateConfig) -> str:
     return f"{table(found.results)}\n{Path(config.output) / 'results.json'}"
 
 
+def _judge(config: EvaluateConfig) -> Judge:
+    """The judge named; a judge model is loaded first of all, for a missing one must not cost the answers."""
+    if config.judge == "llama_guard":
+        model = load_model(config.judge_model, None, config.dtype, config.mesh)
+        return LlamaGuardJudge(model, config.batch_size).as_judge()
+    return organism_judge() if config.judge == "organism" else get_judge(config.judge)
+
+
 def table(results: Results) -> str:
     """The figures with their 95 % intervals, a line each."""
     lines = []
@@ -102,6 +114,8 @@ def table(results: Results) -> str:
     ):
         if key in results:
             lines.append(_line(title, results[key], results[f"{key}_interval"], results[f"{key}_n"], ".1f"))
+    if results.get("hs_unreadable"):
+        lines.append(f"{'answers that the judge could not decide':<48} {results['hs_unreadable']}")
     for name, found in results.get("routing", {}).items():
         title = f"routing drift, nats ({name}; overlap {found['overlap']:.3f})"
         lines.append(_line(title, found["drift"], found["drift_interval"], found["n"], ".5f"))

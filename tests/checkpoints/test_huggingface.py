@@ -44,7 +44,7 @@ def test_same_as_transformers(references, variant):
     real = want["attention_mask"].astype(bool)
     np.testing.assert_allclose(out.logits[real], want["logits"][real], atol=1e-4)
     np.testing.assert_allclose(out.router_logits[:, real], want["router_logits"][:, real], atol=1e-4)
-    weights, experts = choose_experts(out.router_logits, model.config.top_k, model.config.norm_topk_prob)
+    weights, experts = choose_experts(out.router_logits, model.config)
     np.testing.assert_array_equal(experts[:, real], want["experts"][:, real])
     np.testing.assert_allclose(weights[:, real], want["combine_weights"][:, real], atol=1e-5)
     loss = answer_loss(out.logits, want["tokens"], want["answer_mask"])
@@ -330,8 +330,8 @@ def test_large_tensors_are_read_in_blocks(mha, monkeypatch):
     """Blocks far smaller than a tensor give the same arrays."""
     config, _ = read_config(mha)
     whole = load_params(mha, config)
-    monkeypatch.setattr("safemoe_jax.checkpoints.huggingface._BLOCK_BYTES", 200)
-    monkeypatch.setattr("safemoe_jax.checkpoints.safetensors_files._MAPPED_BYTES", 1000)
+    monkeypatch.setattr("safemoe_jax.checkpoints.reading.BLOCK_BYTES", 200)
+    monkeypatch.setattr("safemoe_jax.checkpoints.safetensors_files._PAGE", 8)
     for name, value in load_params(mha, config).items():
         np.testing.assert_array_equal(value, whole[name])
 

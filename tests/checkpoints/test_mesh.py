@@ -14,7 +14,7 @@ PROGRAM = """
 import json, math, sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
-from safemoe_jax.checkpoints import huggingface
+from safemoe_jax.checkpoints import reading
 from safemoe_jax.model import load_pretrained
 from safemoe_jax.models.params import shardings
 from safemoe_jax.models import declare
@@ -24,12 +24,12 @@ folder, out, sizes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 plain = load_pretrained(folder)
 mesh = make_mesh(MeshConfig(**sizes))
 buffers = []
-read_slice = huggingface._read_slice
-def counted(reader, entries, places, index, dtype):
-    part = read_slice(reader, entries, places, index, dtype)
+read_share = reading.Loader.read_share
+def counted(loader, places, index, dtype):
+    part = read_share(loader, places, index, dtype)
     buffers.append((places[0].name, part.shape))
     return part
-huggingface._read_slice = counted
+reading.Loader.read_share = counted
 model = load_pretrained(folder, mesh=mesh)
 specs = declare(model.config)
 placed = shardings(specs, mesh)

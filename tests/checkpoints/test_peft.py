@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from safemoe_jax.checkpoints.peft import load_adapter
+from safemoe_jax.checkpoints.peft import load_adapter, published_name, save_adapter
 from safemoe_jax.errors import InputError
 from safemoe_jax.model import load_pretrained
-from safemoe_jax.models import LoraConfig
+from safemoe_jax.models import LoraConfig, ModelConfig
 from safemoe_jax.models.lora import add_adapters
 
 ADAPTERS = {
@@ -154,3 +154,32 @@ def test_missing_folder_and_missing_adapter(references, tmp_path):
     with pytest.raises(InputError, match="has no adapter"):
         load_pretrained(references / "mha").save_adapter(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("owner/model", "owner/model"),
+        ("/home/me/model", "/home/me/model"),
+        ("/cache/hub/models--owner--a-model/snapshots/0123abc", "owner/a-model"),
+    ],
+)
+def test_the_config_names_the_published_model(name, want):
+    assert published_name(name) == want
+
+
+def test_adapters_of_a_nested_text_model_carry_its_prefix(tmp_path):
+    """On the hub Llama 4's text model is a part of a larger one, whose modules the names then follow."""
+    config = ModelConfig(
+        family="llama4_text", vocab_size=8, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4,
+        norm_eps=1e-5, n_experts=2, top_k=1, expert_dim=4, shared_dim=4,
+    )  # fmt: skip
+    adapted, params = add_adapters(config, {}, LoraConfig(rank=2), jax.random.key(0))
+    for folder, raw, prefix in (("own", {}, ""), ("nested", {"text_config": {}}, "language_model.")):
+        save_adapter(tmp_path / folder, adapted, params, "owner/model", raw)
+        names = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert f"base_model.model.{prefix}model.layers.1.self_attn.v_proj.lora_B.weight" in names
+        again, factors = load_adapter(tmp_path / folder, config)
+        assert again == adapted
+        for name, value in factors.items():
+            np.testing.assert_array_equal(value, params[name])

@@ -100,9 +100,9 @@ def test_wrong_field(field, value):
     assert f"'{field}'" in error.value.what and error.value.expected
 
 
-def test_scaled_rotary_embedding_is_refused():
-    with pytest.raises(InputError, match="'yarn'"):
-        read_config({**PUBLISHED, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+def test_rotary_embedding_of_an_unknown_type_is_refused():
+    with pytest.raises(InputError, match="'dynamic'"):
+        read_config({**PUBLISHED, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}})
 
 
 @pytest.mark.parametrize("model_type", [None, "bert", 3, ["olmoe"]])

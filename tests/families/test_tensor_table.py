@@ -11,7 +11,7 @@ import pytest
 from safemoe_jax.errors import InputError
 from safemoe_jax.families import olmoe
 from safemoe_jax.families.tensor_table import Piece, Source, pieces, published, resolve
-from safemoe_jax.models import LoraConfig, ModelConfig, declare
+from safemoe_jax.models import LayerConfig, LoraConfig, ModelConfig, declare
 
 CONFIG = ModelConfig(
     family="olmoe", vocab_size=10, d_model=8, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=4, norm_eps=0.1,
@@ -50,7 +50,7 @@ def test_every_published_name_and_shape():
 
 def test_tied_biased_and_adapted():
     assert "lm_head.weight" not in shapes(replace(CONFIG, tie_embeddings=True))
-    biased = shapes(replace(CONFIG, attention_bias=True))
+    biased = shapes(replace(CONFIG, attention_bias=True, output_bias=True))
     assert biased["model.layers.2.self_attn.k_proj.bias"] == (4,)
     adapted = replace(CONFIG, lora=LoraConfig(targets=("q_proj", "gate", "mlp.experts.down_proj")))
     assert shapes(adapted) == shapes(CONFIG)
@@ -60,7 +60,8 @@ def test_layer_index_counts_through_segments():
     """Segments (dense x 2), (moe x 3): the second repeat of the second segment is layer 3."""
     config = ModelConfig(
         family="x", vocab_size=1, d_model=8, n_layers=5, n_heads=1, n_kv_heads=1, head_dim=8, norm_eps=0.1,
-        n_experts=2, top_k=1, expert_dim=6, layer_kinds=("dense", "dense", "moe", "moe", "moe"),
+        n_experts=2, top_k=1, expert_dim=6, 
+        layers=tuple(map(LayerConfig, ("dense", "dense", "moe", "moe", "moe"))),
     )  # fmt: skip
     got = pieces(config, "segments.1.0.a.kernel", (3, 8, 6), Source("l{layer}", transpose=True))
     assert [(piece.at, piece.name, piece.shape) for piece in got] == [

@@ -122,9 +122,7 @@ def test_routing_pass_gives_the_router_logits_of_the_full_pass(params):
 
 def test_routing_pass_computes_neither_the_vocabulary_nor_the_last_experts():
     """Floating-point operations of the compiled one-layer program against a count by hand."""
-    config = replace(
-        CONFIG, n_layers=1, layer_kinds=(), d_model=32, head_dim=8, expert_dim=256, vocab_size=2048
-    )
+    config = replace(CONFIG, n_layers=1, layers=(), d_model=32, head_dim=8, expert_dim=256, vocab_size=2048)
     rows, length = 4, 32
     specs = declare(config)
     shapes = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
@@ -186,9 +184,7 @@ def test_merged_adapters_give_the_logits_of_the_adapters(params, kernel):
 
 def test_lora_gradient_holds_no_copy_of_the_frozen_weights():
     """Temporary memory of the compiled gradient stays far below the bytes of the frozen stacks."""
-    config = replace(
-        CONFIG, n_layers=6, layer_kinds=(), d_model=128, head_dim=32, n_experts=16, expert_dim=512
-    )
+    config = replace(CONFIG, n_layers=6, layers=(), d_model=128, head_dim=32, n_experts=16, expert_dim=512)
     config = replace(config, lora=LoraConfig())
     shapes = {n: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for n, spec in declare(config).items()}
     trainable = {n: s for n, s in shapes.items() if "lora" in n}

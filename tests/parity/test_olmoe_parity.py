@@ -39,7 +39,7 @@ def test_logits_routers_experts_and_loss(pair):
     assert np.abs(want.logits[real]).max() > 1
     np.testing.assert_allclose(out.logits[real], want.logits[real], atol=1e-4)
     np.testing.assert_allclose(out.router_logits[:, real], want.router_logits[:, real], atol=1e-4)
-    weights, experts = choose_experts(out.router_logits, model.config.top_k, model.config.norm_topk_prob)
+    weights, experts = choose_experts(out.router_logits, model.config)
     np.testing.assert_array_equal(experts[:, real], want.experts[:, real])
     np.testing.assert_allclose(weights[:, real], want.combine_weights[:, real], atol=1e-5)
     log_probs = np.asarray(jax.nn.log_softmax(out.logits[:, :-1], axis=-1))

@@ -116,6 +116,20 @@ def test_load_balancing_adds_its_gradient(setting):
     assert router and all(np.any(np.abs(balanced[n] - plain[n]) > 1e-5) for n in router)
 
 
+def test_z_loss_adds_its_gradient_and_is_off_by_default(setting):
+    config, weights, batch, _ = setting
+    plain, metrics = gradient_of(task_step(config), weights, batch)
+    assert not {"load_balancing", "router_z"} & set(metrics)
+    both, metrics = gradient_of(task_step(config, router_aux_coef=0.1, router_z_coef=0.5), weights, batch)
+    one, _ = gradient_of(task_step(config, router_aux_coef=0.1), weights, batch)
+    two, _ = gradient_of(task_step(config, router_z_coef=0.5), weights, batch)
+    assert float(metrics["router_z"]) > 0 and float(metrics["load_balancing"]) > 1
+    router = [name for name in plain if "router" in name]
+    assert router and all(np.any(np.abs(two[n] - plain[n]) > 1e-5) for n in router)
+    for name in plain:
+        np.testing.assert_allclose(both[name], one[name] + two[name] - plain[name], atol=1e-5, err_msg=name)
+
+
 def test_both_kinds_of_step_share_state_and_moments(setting):
     config, weights, batch, _ = setting
     mesh = make_mesh(MeshConfig())

@@ -1,0 +1,225 @@
+"""Parameters from the tensors of a checkpoint, straight into the devices' shardings.
+
+A parameter, or a device's share of it, is assembled in a host buffer that keeps the disk's order of axes, so
+that bytes go from the file to their place without a further copy; JAX transposes while it moves the buffer to
+the device. Several threads read the blocks of a share. There is one buffer, as large as the largest share,
+and it serves all of them: memory that is new to a process costs more time than reading a file that the
+system has at hand.
+
+Legend: E experts, O outputs, I inputs, G groups of 32 inputs that share a scale.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from safemoe_jax.checkpoints.safetensors_files import Entry, Reader, all_finite, copy
+from safemoe_jax.errors import InputError
+from safemoe_jax.families.tensor_table import PACK, Piece
+from safemoe_jax.models.params import ParamSpec
+
+BLOCK_BYTES = 8 * 2**20
+THREADS = 8
+Entries = Mapping[str, Entry]
+# FP4 (E2M1) by code; the upper half of the codes is negative. A byte holds two, the lower half first.
+_FP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+_FP4 = np.concatenate([_FP4, -_FP4])
+_FP4_PAIRS = np.stack([np.tile(_FP4, 16), np.repeat(_FP4, 16)], axis=-1)
+_NOT_A_SCALE = 255
+_SCALES = np.ldexp(np.float32(1), np.arange(_NOT_A_SCALE) - 127)
+
+
+class Loader:
+    """Reads parameters, one share at a time. Use it as a context, which holds threads and open files.
+
+    Args:
+        entries: the checkpoint's tensors.
+    """
+
+    def __init__(self, entries: Entries) -> None:
+        self.entries = entries
+        self.reader = Reader()
+        self._pool = ThreadPoolExecutor(THREADS)
+        self._buffer = np.empty(0, np.uint8)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self.reader.__exit__()
+
+    def load(
+        self,
+        spec: ParamSpec,
+        places: Sequence[Piece],
+        dtype: np.dtype,
+        sharding: jax.sharding.Sharding | None,
+    ) -> jax.Array:
+        """One parameter, on the default device or in a sharding; then only this process's shares are read.
+
+        Raises:
+            InputError: a tensor holds NaN or infinite values, or its file is too short.
+        """
+        if sharding is None:
+            share = self.read_share(places, [slice(0, n) for n in spec.shape], dtype)
+            return jax.block_until_ready(jax.device_put(share))
+        devices: dict[tuple, list[jax.Device]] = {}
+        for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+            bounds = tuple(part.indices(n)[:2] for part, n in zip(index, spec.shape, strict=True))
+            devices.setdefault(bounds, []).append(device)
+        shares = []
+        for bounds, holders in devices.items():
+            share = self.read_share(places, [slice(*b) for b in bounds], dtype)
+            shares += jax.block_until_ready([jax.device_put(share, d) for d in holders])
+        return jax.make_array_from_single_device_arrays(spec.shape, sharding, shares)
+
+    def read_share(self, places: Sequence[Piece], index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
+        """A block of a parameter, assembled from the disk tensors that it covers.
+
+        Returns:
+            An array of the block's shape. In memory its last two axes are swapped where they are on disk;
+            then it lies in the buffer, and the next call overwrites it.
+        """
+        swapped = places[0].source.transpose
+        shape = [part.stop - part.start for part in index]
+        if swapped:
+            shape[-1], shape[-2] = shape[-2], shape[-1]
+        share = self._room(shape, dtype, swapped)
+        out = share.swapaxes(-1, -2) if swapped else share
+
+        def read_job(job: tuple[Piece, tuple[slice, ...], np.ndarray]) -> None:
+            _read_block(self.reader, self.entries, *job)
+
+        for _ in self._pool.map(read_job, _jobs(places, index, out)):
+            pass
+        return out
+
+    def _room(self, shape: Sequence[int], dtype: np.dtype, swapped: bool) -> np.ndarray:
+        """Memory for a share: the buffer where JAX must copy from it, its own where JAX may keep it."""
+        if not swapped or 1 in shape[-2:]:
+            return np.empty(shape, dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > self._buffer.size:
+            self._buffer = np.empty(0, np.uint8)  # the old one goes before the new one comes
+            self._buffer = np.empty(nbytes, np.uint8)
+        return self._buffer[:nbytes].view(dtype).reshape(shape)
+
+
+def stored_dtype(entries: Entries, piece: Piece) -> np.dtype:
+    """The element type of a piece's numbers: of a packed one bfloat16, as it is published for computing."""
+    return np.dtype(ml_dtypes.bfloat16) if piece.source.packed else entries[piece.name].dtype
+
+
+def target_dtype(stored: np.dtype, wanted: str | None) -> np.dtype:
+    """The type in memory: as wanted; by default bfloat16 stays and everything else becomes float32."""
+    if wanted is None:
+        return stored if stored == ml_dtypes.bfloat16 else np.dtype(np.float32)
+    return np.dtype(jnp.dtype(wanted))
+
+
+def _jobs(
+    places: Sequence[Piece], index: Sequence[slice], out: np.ndarray
+) -> Iterator[tuple[Piece, tuple[slice, ...], np.ndarray]]:
+    """Every piece within the block, cut into blocks of bounded size: (piece, its index, where it goes)."""
+    for piece in places:
+        lead, inner = index[: len(piece.at)], tuple(index[len(piece.at) :])
+        if any(not part.start <= i < part.stop for part, i in zip(lead, piece.at, strict=True)):
+            continue
+        target = out[tuple(i - part.start for part, i in zip(lead, piece.at, strict=True))]
+        for block in _cut(inner, piece, out.dtype.itemsize):
+            offsets = zip(block, inner, strict=True)
+            yield piece, block, target[tuple(slice(b.start - i.start, b.stop - i.start) for b, i in offsets)]
+
+
+def _cut(index: tuple[slice, ...], piece: Piece, itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Halves a block along the disk tensor's outermost axis that is longer than 1 until it is small."""
+    lengths = [part.stop - part.start for part in index]
+    axes = list(range(len(index)))
+    if piece.source.transpose:
+        axes[-2:] = axes[-1], axes[-2]
+    long = [axis for axis in axes if lengths[axis] > 1]
+    if not long or int(np.prod(lengths)) * itemsize <= BLOCK_BYTES:
+        yield index
+        return
+    axis = long[0]
+    middle = index[axis].start + lengths[axis] // 2
+    for half in (slice(index[axis].start, middle), slice(middle, index[axis].stop)):
+        yield from _cut((*index[:axis], half, *index[axis + 1 :]), piece, itemsize)
+
+
+def _read_block(
+    reader: Reader, entries: Entries, piece: Piece, index: tuple[slice, ...], out: np.ndarray
+) -> None:
+    """Reads a block of a piece into its place in the buffer."""
+    disk_index = piece.disk_index(index)
+    target = out.swapaxes(-1, -2) if piece.source.transpose else out
+    target = target[None] if piece.source.boxed else target
+    if piece.source.packed:
+        copy(_unpack(reader, entries, piece, disk_index).astype(out.dtype), target)
+    elif entries[piece.name].dtype == out.dtype:
+        reader.read_into(entries[piece.name], disk_index, target)
+    else:
+        copy(reader.read(entries[piece.name], disk_index), target)
+    if not all_finite(target):
+        name = next(iter(piece.tensors))
+        raise InputError(
+            f"tensor '{name}' holds NaN or infinite values",
+            where=str(entries[name].path),
+            expected="finite weights (the run that wrote them may have diverged)",
+        )
+
+
+def _unpack(reader: Reader, entries: Entries, piece: Piece, index: Sequence[slice]) -> np.ndarray:
+    """Numbers of an MXFP4 tensor, float32: FP4 codes times a power of two for each 32 of the last axis."""
+    *lead, inputs = index
+    first, last = inputs.start // PACK, -(-inputs.stop // PACK)
+    blocks, scales = piece.tensors
+    codes = reader.read(entries[blocks], (*lead, slice(first, last), slice(0, PACK // 2)))
+    exponents_EOG = reader.read(entries[scales], (*lead, slice(first, last)))
+    if (exponents_EOG == _NOT_A_SCALE).any():
+        raise InputError(
+            f"tensor '{scales}' holds scales that are no number",
+            where=str(entries[scales].path),
+            expected="exponents from 0 to 254",
+        )
+    numbers = _FP4_PAIRS[codes].reshape(*exponents_EOG.shape, PACK) * _SCALES[exponents_EOG][..., None]
+    return numbers.reshape(*numbers.shape[:-2], -1)[
+        ..., inputs.start - first * PACK : inputs.stop - first * PACK
+    ]
+
+
+def check_tied(reader: Reader, tied: Mapping[str, str], entries: Entries) -> None:
+    """A tied model may still carry its output projection; it must then be the embedding, bit for bit.
+
+    Raises:
+        InputError: it is not.
+    """
+    for name, original in tied.items():
+        if name not in entries:
+            continue
+        pair = entries[name], entries[original]
+        same = pair[0].shape == pair[1].shape and all(
+            np.array_equal(*(reader.read(entry, index) for entry in pair)) for index in _rows(pair[0])
+        )
+        if not same:
+            raise InputError(
+                f"tensor '{name}' is not '{original}', but config.json ties them",
+                where=str(pair[0].path),
+                expected="equal tensors, or tie_word_embeddings false",
+            )
+
+
+def _rows(entry: Entry) -> Iterator[tuple[slice, ...]]:
+    step = max(1, BLOCK_BYTES // max(1, int(np.prod(entry.shape[1:])) * entry.dtype.itemsize))
+    bounds = [*range(0, entry.shape[0], step), entry.shape[0]]
+    for start, stop in itertools.pairwise(bounds):
+        yield slice(start, stop), *(slice(0, n) for n in entry.shape[1:])

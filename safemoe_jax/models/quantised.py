@@ -1,0 +1,114 @@
+"""Frozen weights in 8 or 4 bits: containers, rounding to them, and the way back for the slice in use.
+
+Both are symmetric (no zero point): a weight is an integer times a scale, so 0 stays 0. Every leading axis
+(layers, experts) is kept, so that one expert is sliced out of a stack before it is brought back; a whole
+stack never needs to be.
+
+Legend: X leading axes (layers, experts), I inputs, O outputs, P pairs of inputs (I / 2), B blocks of inputs
+(I / block).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from safemoe_jax.errors import InputError
+
+INT8_LIMIT = 127
+INT4_LIMIT = 7
+BLOCKS = (32, 64)
+"""Inputs that share a scale in 4 bits."""
+
+
+class Int8(NamedTuple):
+    """8 bits a weight, one scale an output channel.
+
+    values: int8 [X, I, O].
+    scales: float32 [X, 1, O].
+    """
+
+    values: jax.Array
+    scales: jax.Array
+
+
+class Int4(NamedTuple):
+    """4 bits a weight, one scale a block of inputs of an output channel: 4.25 to 4.5 bits in all.
+
+    packed: uint8 [X, P, O]; the low half holds input 2p, the high half input 2p + 1, both plus 8.
+    scales: bfloat16 [X, B, O].
+    """
+
+    packed: jax.Array
+    scales: jax.Array
+
+
+Quantised = Int8 | Int4
+
+
+def quantise_int8(weights_XIO: jax.Array) -> Int8:
+    """The nearest 8-bit weights; no weight moves by more than half its channel's scale.
+
+    Args:
+        weights_XIO: kernel(s) of any float dtype, finite; the scale is the channel's largest size / 127.
+    """
+    weights_XIO = weights_XIO.astype(jnp.float32)
+    scales_X1O = jnp.max(jnp.abs(weights_XIO), axis=-2, keepdims=True) / INT8_LIMIT
+    return Int8(_rounded(weights_XIO, scales_X1O, INT8_LIMIT).astype(jnp.int8), scales_X1O)
+
+
+def quantise_int4(weights_XIO: jax.Array, block: int = 32) -> Int4:
+    """The nearest 4-bit weights; no weight moves by more than half its block's scale.
+
+    Args:
+        weights_XIO: kernel(s) of any float dtype, finite; the scale is the block's largest size / 7, rounded
+            to bfloat16 before the weights are rounded to it.
+        block: inputs that share a scale.
+
+    Raises:
+        InputError: the block is not one of `BLOCKS`, or does not divide the inputs.
+    """
+    *lead, inputs, outputs = weights_XIO.shape
+    if block not in BLOCKS or inputs % block:
+        raise InputError(
+            f"a block of {block} for {inputs} inputs",
+            where="4-bit weights",
+            expected=f"{' or '.join(map(str, BLOCKS))}, and a multiple of it as the number of inputs",
+        )
+    blocks_XBbO = weights_XIO.astype(jnp.float32).reshape(*lead, inputs // block, block, outputs)
+    largest_XB1O = jnp.max(jnp.abs(blocks_XBbO), axis=-2, keepdims=True)
+    scales_XB1O = (largest_XB1O / INT4_LIMIT).astype(jnp.bfloat16)
+    rounded_XBbO = _rounded(blocks_XBbO, scales_XB1O.astype(jnp.float32), INT4_LIMIT)
+    pairs_XP2O = (rounded_XBbO + 8).astype(jnp.uint8).reshape(*lead, inputs // 2, 2, outputs)
+    packed_XPO = pairs_XP2O[..., 0, :] | (pairs_XP2O[..., 1, :] << 4)
+    return Int4(packed_XPO, scales_XB1O[..., 0, :])
+
+
+def dequantise(quantised: Quantised, dtype: jnp.dtype | str = jnp.float32) -> jax.Array:
+    """The weights [X, I, O] in a float dtype; multiplied in float32, then rounded once."""
+    if isinstance(quantised, Int8):
+        return (quantised.values.astype(jnp.float32) * quantised.scales).astype(dtype)
+    packed_XPO, scales_XBO = quantised
+    *lead, pairs, outputs = packed_XPO.shape
+    halves_XP2O = jnp.stack([packed_XPO & 15, packed_XPO >> 4], axis=-2).astype(jnp.float32) - 8
+    blocks_XBbO = halves_XP2O.reshape(*lead, scales_XBO.shape[-2], -1, outputs)
+    weights_XBbO = blocks_XBbO * scales_XBO.astype(jnp.float32)[..., None, :]
+    return weights_XBbO.reshape(*lead, 2 * pairs, outputs).astype(dtype)
+
+
+def take(quantised: Quantised, index: jax.Array | int) -> Quantised:
+    """Entry `index` of the first axis (a layer, an expert of a stack): quantised still, nothing else read."""
+    entry = [jax.lax.dynamic_index_in_dim(part, index, keepdims=False) for part in quantised]
+    return type(quantised)(*entry)
+
+
+def nbytes(quantised: Quantised) -> int:
+    """Bytes of values and scales."""
+    return sum(part.nbytes for part in quantised)
+
+
+def _rounded(weights: jax.Array, scales: jax.Array, limit: int) -> jax.Array:
+    """Whole numbers from -limit to limit, float32; all 0 where the scale is 0."""
+    return jnp.clip(jnp.round(weights / jnp.where(scales > 0, scales, 1.0)), -limit, limit)

@@ -1,0 +1,206 @@
+"""Running layers: one scan a segment, or a single layer by its place.
+
+Legend: B rows, T positions, D model width, E experts, R repeats of a segment's pattern, M MoE layers of the
+pattern, X any leading axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from safemoe_jax.models.attention import Row, Traits
+from safemoe_jax.models.config import Compute, ModelConfig, Segment
+from safemoe_jax.models.experts import EXPERT_STACKS
+from safemoe_jax.models.kv_cache import Cache, LayerCache
+from safemoe_jax.models.layer import Layer
+from safemoe_jax.models.params import Params, Weights, bind
+from safemoe_jax.parallel.mesh import constrain
+
+ACTIVATION_AXES = ("batch", None, None)
+_EXPERT_STACKS = tuple(f"moe.experts.{name}" for name in EXPERT_STACKS)
+_UNLIMITED = 2**30
+
+
+def run_segment(
+    config: ModelConfig,
+    weights: Weights,
+    s: int,
+    x_BTD: jax.Array,
+    row: Row,
+    compute: Compute,
+    *,
+    forced: tuple[jax.Array | None, ...] | None = None,
+    stop: int | None = None,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, jax.Array | None, Cache | None]:
+    """Scans the first `stop` repeats of segment `s` (all by default).
+
+    Frozen weights are read from their stack by index, so that a partial pass copies none of them and the
+    backward pass keeps none of them; trainable weights are scanned over, so that their gradients are
+    stacked, not summed.
+
+    Args:
+        config, weights, compute: the network.
+        s: the segment's number.
+        x_BTD: hidden states.
+        row: what its layers share.
+        forced: as `forced_of` gives it.
+        stop: repeats to run.
+        cache: keys and values of all layers.
+
+    Returns:
+        Hidden states, router logits [R * M, B, T, E] in layer order (None without a MoE layer), the cache.
+    """
+    segment = config.segments[s]
+    stop = segment.repeats if stop is None else stop
+    places = range(len(segment.pattern))
+    frozen = [_frozen_stacks(weights, s, p, compute) for p in places]
+    shared, scanned = _split_traits(config, segment, stop)
+
+    def body(carry: tuple, per_repeat: tuple) -> tuple[tuple, tuple]:
+        x_BTD, stacks = carry
+        repeat, trainable, traits, forced = per_repeat
+        router_logits = []
+        for p, kind in enumerate(segment.pattern):
+            layer, first_group = _bind_layer(config, kind, frozen[p], trainable[p], repeat)
+            index = segment.first_layer + repeat * len(segment.pattern) + p
+            layer_cache = None if stacks is None else LayerCache(*stacks, index, row.slot)
+            layer_traits = Traits(**shared[p], **traits[p])
+            x_BTD, layer_cache = layer.attend(x_BTD, row, layer_traits, layer_cache)
+            x_BTD, logits_BTE = layer.feed_forward(x_BTD, row, forced[p], first_group, compute)
+            x_BTD = constrain(x_BTD, compute.mesh, ACTIVATION_AXES)
+            router_logits += [] if logits_BTE is None else [logits_BTE]
+            stacks = None if layer_cache is None else (layer_cache.keys_LBGSH, layer_cache.values_LBGSW)
+        return (x_BTD, stacks), tuple(router_logits)
+
+    per_repeat = (
+        jnp.arange(stop, dtype=jnp.int32),
+        [{k: v[:stop] for k, v in _params_of(weights.trainable, s, p).items()} for p in places],
+        scanned,
+        (None,) * len(places) if forced is None else forced,
+    )
+    stacks = None if cache is None else (cache.keys_LBGSH, cache.values_LBGSW)
+    (x_BTD, stacks), router_logits = jax.lax.scan(_rematerialised(body, compute), (x_BTD, stacks), per_repeat)
+    if stacks is not None:
+        cache = Cache(*stacks, cache.positions_BS)
+    return x_BTD, _in_layer_order(router_logits), cache
+
+
+def layer_at(
+    config: ModelConfig, weights: Weights, layer: int, compute: Compute
+) -> tuple[Layer, Traits, jax.Array | int]:
+    """One layer outside of any scan: its module, its traits, and where its experts begin in their arrays."""
+    s, repeat, p = place_of(config, layer)
+    trainable = {name: stack[repeat] for name, stack in _params_of(weights.trainable, s, p).items()}
+    frozen = _frozen_stacks(weights, s, p, compute)
+    module, first_group = _bind_layer(config, config.segments[s].pattern[p], frozen, trainable, repeat)
+    return module, Traits.of(config.layers[layer]), first_group
+
+
+def place_of(config: ModelConfig, layer: int) -> tuple[int, int, int]:
+    """Segment, repeat and place in the pattern of a layer."""
+    s = max(s for s, segment in enumerate(config.segments) if segment.first_layer <= layer)
+    segment = config.segments[s]
+    return s, *divmod(layer - segment.first_layer, len(segment.pattern))
+
+
+def forced_of(
+    config: ModelConfig, router_logits_LBTE: jax.Array | None, s: int
+) -> tuple[jax.Array | None, ...] | None:
+    """A segment's share of router logits of all MoE layers: [R, B, T, E] a MoE layer of the pattern, None a
+    dense one."""
+    if router_logits_LBTE is None:
+        return None
+    segment = config.segments[s]
+    first = sum(layer < segment.first_layer for layer in config.moe_layers)
+    n_moe = segment.pattern.count("moe")
+    share = router_logits_LBTE[first : first + segment.repeats * n_moe]
+    per_layer = iter([share[m::n_moe] for m in range(n_moe)])
+    return tuple(next(per_layer) if kind == "moe" else None for kind in segment.pattern)
+
+
+def _split_traits(
+    config: ModelConfig, segment: Segment, stop: int
+) -> tuple[list[dict[str, Any]], list[dict[str, np.ndarray]]]:
+    """Per place in the pattern: traits on which all repeats agree, and the others as arrays to scan."""
+    shared, scanned = [], []
+    for p in range(len(segment.pattern)):
+        layers = config.layers[segment.first_layer + p :: len(segment.pattern)][: segment.repeats]
+        columns = dict(zip(Traits._fields, zip(*map(Traits.of, layers), strict=True), strict=True))
+        shared.append({name: values[0] for name, values in columns.items() if len(set(values)) == 1})
+        differing = {name: values[:stop] for name, values in columns.items() if name not in shared[-1]}
+        scanned.append({name: _trait_array(name, values) for name, values in differing.items()})
+    return shared, scanned
+
+
+def _trait_array(name: str, values: tuple) -> np.ndarray:
+    if name in ("window", "chunk"):
+        return np.asarray([value or _UNLIMITED for value in values], np.int32)
+    return np.asarray(values, bool)
+
+
+def _rematerialised(body: callable, compute: Compute) -> callable:
+    # Slices of the frozen stacks are cheap to read again; saving them would be a second copy of the weights.
+    policy = jax.checkpoint_policies.save_anything_except_these_names("frozen_weights")
+    if compute.remat == "full":
+        policy = jax.checkpoint_policies.nothing_saveable
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def _bind_layer(
+    config: ModelConfig,
+    kind: str,
+    frozen: Params,
+    trainable: Params,
+    repeat: jax.Array | int,
+) -> tuple[Layer, jax.Array | int]:
+    """The layer of one place in the pattern, and where its experts begin in the expert arrays.
+
+    Args:
+        config, kind: the network, the kind of layer.
+        frozen: the place's frozen stacks, as `_frozen_stacks` gives them.
+        trainable: this layer's trainable parameters.
+        repeat: int32, the layer's index in the stacks.
+    """
+    arrays, first_group = dict(trainable), 0
+    for name, stack in frozen.items():
+        if name in _EXPERT_STACKS and stack.ndim == (2 if name.endswith("_bias") else 3):
+            arrays[name], first_group = stack, repeat * config.n_experts
+        else:
+            layer_slice = jax.lax.dynamic_index_in_dim(stack, repeat, keepdims=False)
+            arrays[name] = checkpoint_name(layer_slice, "frozen_weights")
+    return bind(Layer(config, kind), arrays), first_group
+
+
+def _frozen_stacks(weights: Weights, s: int, p: int, compute: Compute) -> Params:
+    """The frozen parameters of one place in a segment's pattern, stacked over its repeats.
+
+    On one device an expert stack is handed to the kernel whole, [R * E, ...] (a reshape, no copy), because
+    the kernel reads one expert at a time. On a mesh its expert axis may be split, so there each layer is
+    sliced.
+    """
+    frozen = _params_of(weights.frozen, s, p)
+    if compute.mesh is not None and compute.mesh.size > 1:
+        return frozen
+    return {
+        name: stack.reshape(-1, *stack.shape[2:]) if name in _EXPERT_STACKS else stack
+        for name, stack in frozen.items()
+    }
+
+
+def _params_of(params: Params, s: int, p: int) -> Params:
+    prefix = f"segments.{s}.{p}."
+    return {name[len(prefix) :]: value for name, value in params.items() if name.startswith(prefix)}
+
+
+def _in_layer_order(router_logits: tuple[jax.Array, ...]) -> jax.Array | None:
+    """[R, B, T, E] a MoE layer of the pattern, interleaved to [R * M, B, T, E]."""
+    if len(router_logits) < 2:
+        return router_logits[0] if router_logits else None
+    stacked = jnp.stack(router_logits, axis=1)
+    return stacked.reshape(-1, *stacked.shape[2:])
