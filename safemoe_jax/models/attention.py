@@ -229,6 +229,7 @@ def attend_heads_first(
     return y_BGQTW.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, -1)
 
 
+@jax.custom_vjp
 def _attend_block(
     q_BGQTH: jax.Array,
     k_BGSH: jax.Array,
@@ -236,21 +237,69 @@ def _attend_block(
     mask_BTS: jax.Array,
     sinks_GQ11: jax.Array | None,
 ) -> jax.Array:
-    scores = jnp.einsum("BGQTH,BGSH->BGQTS", q_BGQTH, k_BGSH, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    """Softmax attention of some queries. The backward pass computes the weights anew, as FlashAttention does
+    (arXiv 2205.14135, algorithm 4): nothing of size T x S is kept for it."""
+    return _attend_with_sums(q_BGQTH, k_BGSH, v_BGSW, mask_BTS, sinks_GQ11)[0]
+
+
+def _attend_with_sums(
+    q_BGQTH: jax.Array,
+    k_BGSH: jax.Array,
+    v_BGSW: jax.Array,
+    mask_BTS: jax.Array,
+    sinks_GQ11: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The output [B,G,Q,T,W] in the dtype of q, and the log of each softmax's sum, float32 [B,G,Q,T,1]."""
+    scores = _masked_scores(q_BGQTH, k_BGSH, mask_BTS)
     largest_BGQT1 = scores.max(axis=-1, keepdims=True)
     if sinks_GQ11 is not None:
         largest_BGQT1 = jnp.maximum(largest_BGQT1, sinks_GQ11)
-    largest_BGQT1 = jax.lax.stop_gradient(largest_BGQT1)
     # Softmax with the division after the second product, where it touches W numbers a query and not S.
     weights = jnp.exp(scores - largest_BGQT1)
     total_BGQT1 = weights.sum(axis=-1, keepdims=True)
     if sinks_GQ11 is not None:
         total_BGQT1 = total_BGQT1 + jnp.exp(sinks_GQ11 - largest_BGQT1)
-    y_BGQTW = jnp.einsum(
-        "BGQTS,BGSW->BGQTW", weights.astype(v_BGSW.dtype), v_BGSW, preferred_element_type=jnp.float32
+    y_BGQTW = _product("BGQTS,BGSW->BGQTW", weights.astype(v_BGSW.dtype), v_BGSW) / total_BGQT1
+    return y_BGQTW.astype(q_BGQTH.dtype), largest_BGQT1 + jnp.log(total_BGQT1)
+
+
+def _attend_block_forward(*inputs: jax.Array | None) -> tuple[jax.Array, tuple]:
+    y_BGQTW, log_sum_BGQT1 = _attend_with_sums(*inputs)
+    return y_BGQTW, (*inputs, y_BGQTW, log_sum_BGQT1)
+
+
+def _attend_block_backward(saved: tuple, d_y_BGQTW: jax.Array) -> tuple[jax.Array | None, ...]:
+    q_BGQTH, k_BGSH, v_BGSW, mask_BTS, sinks_GQ11, y_BGQTW, log_sum_BGQT1 = saved
+    weights = jnp.exp(_masked_scores(q_BGQTH, k_BGSH, mask_BTS) - log_sum_BGQT1)
+    d_weights = _product("BGQTW,BGSW->BGQTS", d_y_BGQTW, v_BGSW)
+    mean_BGQT1 = (d_y_BGQTW.astype(jnp.float32) * y_BGQTW.astype(jnp.float32)).sum(-1, keepdims=True)
+    d_scores = (weights * (d_weights - mean_BGQT1)).astype(q_BGQTH.dtype)
+    d_q_BGQTH = _product("BGQTS,BGSH->BGQTH", d_scores, k_BGSH)
+    d_k_BGSH = _product("BGQTS,BGQTH->BGSH", d_scores, q_BGQTH)
+    d_v_BGSW = _product("BGQTS,BGQTW->BGSW", weights.astype(d_y_BGQTW.dtype), d_y_BGQTW)
+    d_sinks_GQ11 = None
+    if sinks_GQ11 is not None:
+        share_BGQT1 = jnp.exp(sinks_GQ11 - log_sum_BGQT1)
+        d_sinks_GQ11 = -(share_BGQT1 * mean_BGQT1).sum(axis=(0, 3))[..., None]
+    return (
+        d_q_BGQTH.astype(q_BGQTH.dtype),
+        d_k_BGSH.astype(k_BGSH.dtype),
+        d_v_BGSW.astype(v_BGSW.dtype),
+        None,
+        d_sinks_GQ11,
     )
-    return (y_BGQTW / total_BGQT1).astype(q_BGQTH.dtype)
+
+
+_attend_block.defvjp(_attend_block_forward, _attend_block_backward)
+
+
+def _masked_scores(q_BGQTH: jax.Array, k_BGSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    scores = _product("BGQTH,BGSH->BGQTS", q_BGQTH, k_BGSH)
+    return jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
 def _unit(x_BTNH: jax.Array, eps: float) -> jax.Array:

@@ -194,7 +194,7 @@ def test_blocks_cover_every_row_once(sizes):
 def test_block_rows_follow_the_share_of_an_expert():
     assert choose_block_rows(32 * 8, 64) == (8,)  # decoding
     assert choose_block_rows(512 * 8, 64) == (64,)
-    assert choose_block_rows(2048 * 8, 64) == (256, 128, 64)  # training
+    assert choose_block_rows(2048 * 8, 64) == (320, 256, 192, 128, 64, 32)  # training
 
 
 def test_kernel_follows_platform_and_size():

@@ -238,3 +238,19 @@ def test_attention_in_blocks_is_softmax_attention(length):
     np.testing.assert_allclose(attend(q, k, v, mask), textbook(q, k, v), atol=1e-5)
     for got, wanted in zip(ours(q, k, v)[1], expected(q, k, v)[1], strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+def test_attention_keeps_no_scores_for_the_backward_pass():
+    layers, rows, length, heads, width = 16, 1, 256, 8, 8
+    shape, mask = (rows, length, heads, width), jnp.tril(jnp.ones((rows, length, length), bool))
+
+    def loss(x):
+        body = jax.checkpoint(
+            lambda x, _: (x + attend(x, x, x, mask), None),
+            policy=jax.checkpoint_policies.everything_saveable,
+        )
+        return jax.lax.scan(body, x, None, length=layers)[0].sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
+    scores_of_all_layers = layers * rows * heads * length * length * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < scores_of_all_layers / 2
