@@ -1,10 +1,10 @@
 """Parameters from the tensors of a checkpoint, straight into the devices' shardings.
 
-A parameter, or a device's share of it, is assembled in a host buffer that keeps the disk's order of axes, so
-that bytes go from the file to their place without a further copy; JAX transposes while it moves the buffer to
-the device. Several threads read the blocks of a share. There is one buffer, as large as the largest share,
-and it serves all of them: memory that is new to a process costs more time than reading a file that the
-system has at hand.
+A parameter, or what this process holds of it, is assembled in a host buffer that keeps the disk's order of
+axes, so that bytes go from the file to their place without a further copy; JAX transposes while it moves each
+device's share to it. Several threads read the blocks of a share. There is one buffer, as large as the largest
+parameter at most, and it serves all of them: memory that is new to a process costs more time than reading a
+file that the system has at hand.
 
 Legend: E experts, O outputs, I inputs, G groups of 32 inputs that share a scale.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,7 +29,10 @@ from safemoe_jax.models.params import ParamSpec
 
 BLOCK_BYTES = 8 * 2**20
 THREADS = 8
+ALIGNMENT = 64
 Entries = Mapping[str, Entry]
+# First and last + 1 of a share along each axis of its parameter.
+Bounds = tuple[tuple[int, int], ...]
 # FP4 (E2M1) by code; the upper half of the codes is negative. A byte holds two, the lower half first.
 _FP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _FP4 = np.concatenate([_FP4, -_FP4])
@@ -48,6 +52,7 @@ class Loader:
         self.entries = entries
         self.reader = Reader()
         self._pool = ThreadPoolExecutor(THREADS)
+        self._movers = ThreadPoolExecutor(os.cpu_count() or 1)
         self._buffer = np.empty(0, np.uint8)
 
     def __enter__(self) -> Loader:
@@ -55,6 +60,7 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._movers.shutdown(cancel_futures=True)
         self.reader.__exit__()
 
     def load(
@@ -71,23 +77,37 @@ class Loader:
         """
         if sharding is None:
             share = self.read_share(places, [slice(0, n) for n in spec.shape], dtype)
-            return jax.block_until_ready(jax.device_put(share))
-        devices: dict[tuple, list[jax.Device]] = {}
+            return self._put(share, [None])[0]
+        holders: dict[Bounds, list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
             bounds = tuple(part.indices(n)[:2] for part, n in zip(index, spec.shape, strict=True))
-            devices.setdefault(bounds, []).append(device)
-        shares = []
-        for bounds, holders in devices.items():
-            share = self.read_share(places, [slice(*b) for b in bounds], dtype)
-            shares += jax.block_until_ready([jax.device_put(share, d) for d in holders])
+            holders.setdefault(bounds, []).append(device)
+        shares: list[jax.Array] = []
+        for region, inside in regions(list(holders)).items():
+            block = self.read_share(places, _slices(region), dtype)
+            offset = [start for start, _ in region]
+            moves = [(block[_slices(bounds, offset)], holders[bounds]) for bounds in inside]
+            # In threads, because a copy that transposes takes longer than the reading does.
+            for copies in self._movers.map(lambda move: self._put(*move), moves):
+                shares += copies
         return jax.make_array_from_single_device_arrays(spec.shape, sharding, shares)
+
+    def _put(self, share: np.ndarray, devices: Sequence[jax.Device | None]) -> list[jax.Array]:
+        """Moves a share to the first device and from there to the others.
+
+        JAX may keep contiguous memory as it is, and the buffer must not be kept.
+        """
+        if share.flags.c_contiguous and np.may_share_memory(share, self._buffer):
+            share = share.copy()
+        first = jax.block_until_ready(jax.device_put(share, devices[0]))
+        return [first, *(_replica(first, device) for device in devices[1:])]
 
     def read_share(self, places: Sequence[Piece], index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
         """A block of a parameter, assembled from the disk tensors that it covers.
 
         Returns:
             An array of the block's shape. In memory its last two axes are swapped where they are on disk;
-            then it lies in the buffer, and the next call overwrites it.
+            then it lies in the buffer, and the next call overwrites it. Otherwise it is the caller's.
         """
         swapped = places[0].source.transpose
         shape = [part.stop - part.start for part in index]
@@ -104,14 +124,53 @@ class Loader:
         return out
 
     def _room(self, shape: Sequence[int], dtype: np.dtype, swapped: bool) -> np.ndarray:
-        """Memory for a share: the buffer where JAX must copy from it, its own where JAX may keep it."""
-        if not swapped or 1 in shape[-2:]:
-            return np.empty(shape, dtype)
+        """Memory for a share: the buffer where JAX copies to transpose, new memory where it may keep it."""
         nbytes = math.prod(shape) * dtype.itemsize
+        if not swapped:
+            return _aligned(nbytes).view(dtype).reshape(shape)
         if nbytes > self._buffer.size:
             self._buffer = np.empty(0, np.uint8)  # the old one goes before the new one comes
             self._buffer = np.empty(nbytes, np.uint8)
         return self._buffer[:nbytes].view(dtype).reshape(shape)
+
+
+def _replica(array: jax.Array, device: jax.Device) -> jax.Array:
+    """The same array on another device of its kind."""
+    if device.platform != "cpu":
+        return jax.block_until_ready(jax.device_put(array, device))
+    # NumPy's new memory comes in large pages, JAX's in small ones: several times as fast to be written to.
+    memory = _aligned(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy(np.asarray(array.addressable_data(0)), memory)
+    return jax.block_until_ready(jax.device_put(memory, device))
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    """Bytes at an address that JAX's CPU devices take over without a copy."""
+    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + nbytes]
+
+
+def regions(shares: Sequence[Bounds]) -> dict[Bounds, Sequence[Bounds]]:
+    """What a process reads at once to have these different shares of a parameter: region -> its shares.
+
+    The box around all of them where they fill it, so that the file is read in long runs and each byte once;
+    otherwise every share by itself, so that nothing is read that no device holds.
+    """
+    box = tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*shares, strict=True))
+    # Two shares of one sharding have nothing in common, so they fill the box if they are as large as it.
+    if sum(map(_volume, shares)) == _volume(box):
+        return {box: shares}
+    return {share: [share] for share in shares}
+
+
+def _volume(bounds: Bounds) -> int:
+    return math.prod(stop - start for start, stop in bounds)
+
+
+def _slices(bounds: Bounds, offset: Sequence[int] | None = None) -> tuple[slice, ...]:
+    offset = [0] * len(bounds) if offset is None else offset
+    return tuple(slice(start - o, stop - o) for (start, stop), o in zip(bounds, offset, strict=True))
 
 
 def stored_dtype(entries: Entries, piece: Piece) -> np.dtype:
