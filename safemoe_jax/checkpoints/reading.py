@@ -24,7 +24,7 @@ import numpy as np
 
 from safemoe_jax.checkpoints.safetensors_files import Entry, Reader, all_finite, copy
 from safemoe_jax.errors import InputError
-from safemoe_jax.families.tensor_table import PACK, Piece
+from safemoe_jax.families.tensor_table import PACK, SCALED, SCALES, Piece
 from safemoe_jax.models.params import ParamSpec
 
 BLOCK_BYTES = 8 * 2**20
@@ -37,6 +37,8 @@ Bounds = tuple[tuple[int, int], ...]
 _FP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _FP4 = np.concatenate([_FP4, -_FP4])
 _FP4_PAIRS = np.stack([np.tile(_FP4, 16), np.repeat(_FP4, 16)], axis=-1)
+_FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_FP8_NUMBERS = np.arange(256, dtype=np.uint8).view(_FP8).astype(np.float32)
 _NOT_A_SCALE = 255
 _SCALES = np.ldexp(np.float32(1), np.arange(_NOT_A_SCALE) - 127)
 
@@ -174,8 +176,9 @@ def _slices(bounds: Bounds, offset: Sequence[int] | None = None) -> tuple[slice,
 
 
 def stored_dtype(entries: Entries, piece: Piece) -> np.dtype:
-    """The element type of a piece's numbers: of a packed one bfloat16, as it is published for computing."""
-    return np.dtype(ml_dtypes.bfloat16) if piece.source.packed else entries[piece.name].dtype
+    """The element type of a piece's numbers: of 4 and 8 bits bfloat16, as they are meant to be computed."""
+    quantised = piece.source.packed or entries[piece.name].dtype == _FP8
+    return np.dtype(ml_dtypes.bfloat16) if quantised else entries[piece.name].dtype
 
 
 def target_dtype(stored: np.dtype, wanted: str | None) -> np.dtype:
@@ -224,6 +227,8 @@ def _read_block(
     target = target[None] if piece.source.boxed else target
     if piece.source.packed:
         copy(_unpack(reader, entries, piece, disk_index).astype(out.dtype), target)
+    elif entries[piece.name].dtype == _FP8:
+        copy(_scaled(reader, entries, piece.name, disk_index).astype(out.dtype), target)
     elif entries[piece.name].dtype == out.dtype:
         reader.read_into(entries[piece.name], disk_index, target)
     else:
@@ -254,6 +259,43 @@ def _unpack(reader: Reader, entries: Entries, piece: Piece, index: Sequence[slic
     return numbers.reshape(*numbers.shape[:-2], -1)[
         ..., inputs.start - first * PACK : inputs.stop - first * PACK
     ]
+
+
+def _scaled(reader: Reader, entries: Entries, name: str, index: Sequence[slice]) -> np.ndarray:
+    """Numbers of a block of an FP8 tensor, float32: each times the scale of its square."""
+    codes = reader.read(entries[name], index)
+    places = [np.arange(part.start, part.stop, part.step or 1) // SCALED for part in index[-2:]]
+    squares = tuple(slice(int(place[0]), int(place[-1]) + 1) for place in places)
+    scales = reader.read(entries[f"{name}{SCALES}"], (*index[:-2], *squares)).astype(np.float32)
+    rows, columns = (place - place[0] for place in places)
+    return _FP8_NUMBERS[codes.view(np.uint8)] * scales[..., rows[:, None], columns]
+
+
+def check_scales(entries: Entries) -> None:
+    """FP8 weights and their scales come in pairs that fit each other.
+
+    Raises:
+        InputError: a scale is missing, of a wrong shape, or beside a weight of another type.
+    """
+    for name, entry in entries.items():
+        weight = entries.get(name.removesuffix(SCALES)) if name.endswith(SCALES) else None
+        if weight is not None and weight.dtype != _FP8:
+            raise InputError(
+                f"tensor '{name}' scales a tensor of type {weight.dtype}",
+                where=str(entry.path),
+                expected=f"scales beside {_FP8} only",
+            )
+        if entry.dtype != _FP8:
+            continue
+        scales = entries.get(f"{name}{SCALES}")
+        shape = (*entry.shape[:-2], *(-(-n // SCALED) for n in entry.shape[-2:]))
+        if len(entry.shape) < 2 or scales is None or scales.shape != shape:
+            raise InputError(
+                f"tensor '{name}' is in FP8, its scales '{name}{SCALES}' are "
+                + ("missing" if scales is None else f"of shape {list(scales.shape)}"),
+                where=str(entry.path),
+                expected=f"scales of shape {list(shape)}, one for each {SCALED} x {SCALED} of a matrix",
+            )
 
 
 def check_tied(reader: Reader, tied: Mapping[str, str], entries: Entries) -> None:
