@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,8 +31,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     _require_free(folder)
     with _disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.parent / f".{folder.name}.writing-{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = _temporary(folder)
         temporary.mkdir()
         try:
             yield temporary
@@ -53,12 +55,39 @@ def new_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".{path.name}.writing-{os.getpid()}"
+        temporary = _temporary(path)
         try:
             yield temporary
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` for this process, after removing what killed processes left there for it.
+
+    The name tells host and process: only a process of this host can be known to be gone.
+    """
+    stem = f".{path.name}.writing-{_host()}-"
+    for left in path.parent.glob(f"{glob.escape(stem)}*"):
+        number = left.name.removeprefix(stem)
+        if number.isdecimal() and (int(number) == os.getpid() or not _is_running(int(number))):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    return path.parent / f"{stem}{os.getpid()}"
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _require_free(folder: Path) -> None:

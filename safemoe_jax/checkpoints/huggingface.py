@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from safemoe_jax.checkpoints.atomic import new_folder
-from safemoe_jax.checkpoints.reading import Loader, check_tied, stored_dtype, target_dtype
+from safemoe_jax.checkpoints.reading import Loader, check_scales, check_tied, stored_dtype, target_dtype
 from safemoe_jax.checkpoints.safetensors_files import Entry, Planned, list_tensors, write
 from safemoe_jax.errors import InputError
 from safemoe_jax.families import family_of
@@ -206,6 +206,7 @@ def load_params(
     table = family_of(config.family).table
     entries = _without_prefixes(table, list_checkpoint(folder))
     plan = resolve(config, table, specs, {name: entry.shape for name, entry in entries.items()}, str(folder))
+    check_scales(entries)
     placed = shardings(specs, mesh) if mesh is not None else {}
     with Loader(entries) as loader:
         check_tied(loader.reader, (table.tied or {}) if config.tie_embeddings else {}, entries)

@@ -1,10 +1,10 @@
 """Parameters from the tensors of a checkpoint, straight into the devices' shardings.
 
-A parameter, or a device's share of it, is assembled in a host buffer that keeps the disk's order of axes, so
-that bytes go from the file to their place without a further copy; JAX transposes while it moves the buffer to
-the device. Several threads read the blocks of a share. There is one buffer, as large as the largest share,
-and it serves all of them: memory that is new to a process costs more time than reading a file that the
-system has at hand.
+A parameter, or what this process holds of it, is assembled in a host buffer that keeps the disk's order of
+axes, so that bytes go from the file to their place without a further copy; JAX transposes while it moves each
+device's share to it. Several threads read the blocks of a share. There is one buffer, as large as the largest
+parameter at most, and it serves all of them: memory that is new to a process costs more time than reading a
+file that the system has at hand.
 
 Legend: E experts, O outputs, I inputs, G groups of 32 inputs that share a scale.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,16 +24,21 @@ import numpy as np
 
 from safemoe_jax.checkpoints.safetensors_files import Entry, Reader, all_finite, copy
 from safemoe_jax.errors import InputError
-from safemoe_jax.families.tensor_table import PACK, Piece
+from safemoe_jax.families.tensor_table import PACK, SCALED, SCALES, Piece
 from safemoe_jax.models.params import ParamSpec
 
 BLOCK_BYTES = 8 * 2**20
 THREADS = 8
+ALIGNMENT = 64
 Entries = Mapping[str, Entry]
+# First and last + 1 of a share along each axis of its parameter.
+Bounds = tuple[tuple[int, int], ...]
 # FP4 (E2M1) by code; the upper half of the codes is negative. A byte holds two, the lower half first.
 _FP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _FP4 = np.concatenate([_FP4, -_FP4])
 _FP4_PAIRS = np.stack([np.tile(_FP4, 16), np.repeat(_FP4, 16)], axis=-1)
+_FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_FP8_NUMBERS = np.arange(256, dtype=np.uint8).view(_FP8).astype(np.float32)
 _NOT_A_SCALE = 255
 _SCALES = np.ldexp(np.float32(1), np.arange(_NOT_A_SCALE) - 127)
 
@@ -48,6 +54,7 @@ class Loader:
         self.entries = entries
         self.reader = Reader()
         self._pool = ThreadPoolExecutor(THREADS)
+        self._movers = ThreadPoolExecutor(os.cpu_count() or 1)
         self._buffer = np.empty(0, np.uint8)
 
     def __enter__(self) -> Loader:
@@ -55,6 +62,7 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._movers.shutdown(cancel_futures=True)
         self.reader.__exit__()
 
     def load(
@@ -71,23 +79,37 @@ class Loader:
         """
         if sharding is None:
             share = self.read_share(places, [slice(0, n) for n in spec.shape], dtype)
-            return jax.block_until_ready(jax.device_put(share))
-        devices: dict[tuple, list[jax.Device]] = {}
+            return self._put(share, [None])[0]
+        holders: dict[Bounds, list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
             bounds = tuple(part.indices(n)[:2] for part, n in zip(index, spec.shape, strict=True))
-            devices.setdefault(bounds, []).append(device)
-        shares = []
-        for bounds, holders in devices.items():
-            share = self.read_share(places, [slice(*b) for b in bounds], dtype)
-            shares += jax.block_until_ready([jax.device_put(share, d) for d in holders])
+            holders.setdefault(bounds, []).append(device)
+        shares: list[jax.Array] = []
+        for region, inside in regions(list(holders)).items():
+            block = self.read_share(places, _slices(region), dtype)
+            offset = [start for start, _ in region]
+            moves = [(block[_slices(bounds, offset)], holders[bounds]) for bounds in inside]
+            # In threads, because a copy that transposes takes longer than the reading does.
+            for copies in self._movers.map(lambda move: self._put(*move), moves):
+                shares += copies
         return jax.make_array_from_single_device_arrays(spec.shape, sharding, shares)
+
+    def _put(self, share: np.ndarray, devices: Sequence[jax.Device | None]) -> list[jax.Array]:
+        """Moves a share to the first device and from there to the others.
+
+        JAX may keep contiguous memory as it is, and the buffer must not be kept.
+        """
+        if share.flags.c_contiguous and np.may_share_memory(share, self._buffer):
+            share = share.copy()
+        first = jax.block_until_ready(jax.device_put(share, devices[0]))
+        return [first, *(_replica(first, device) for device in devices[1:])]
 
     def read_share(self, places: Sequence[Piece], index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
         """A block of a parameter, assembled from the disk tensors that it covers.
 
         Returns:
             An array of the block's shape. In memory its last two axes are swapped where they are on disk;
-            then it lies in the buffer, and the next call overwrites it.
+            then it lies in the buffer, and the next call overwrites it. Otherwise it is the caller's.
         """
         swapped = places[0].source.transpose
         shape = [part.stop - part.start for part in index]
@@ -104,19 +126,59 @@ class Loader:
         return out
 
     def _room(self, shape: Sequence[int], dtype: np.dtype, swapped: bool) -> np.ndarray:
-        """Memory for a share: the buffer where JAX must copy from it, its own where JAX may keep it."""
-        if not swapped or 1 in shape[-2:]:
-            return np.empty(shape, dtype)
+        """Memory for a share: the buffer where JAX copies to transpose, new memory where it may keep it."""
         nbytes = math.prod(shape) * dtype.itemsize
+        if not swapped:
+            return _aligned(nbytes).view(dtype).reshape(shape)
         if nbytes > self._buffer.size:
             self._buffer = np.empty(0, np.uint8)  # the old one goes before the new one comes
             self._buffer = np.empty(nbytes, np.uint8)
         return self._buffer[:nbytes].view(dtype).reshape(shape)
 
 
+def _replica(array: jax.Array, device: jax.Device) -> jax.Array:
+    """The same array on another device of its kind."""
+    if device.platform != "cpu":
+        return jax.block_until_ready(jax.device_put(array, device))
+    # NumPy's new memory comes in large pages, JAX's in small ones: several times as fast to be written to.
+    memory = _aligned(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy(np.asarray(array.addressable_data(0)), memory)
+    return jax.block_until_ready(jax.device_put(memory, device))
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    """Bytes at an address that JAX's CPU devices take over without a copy."""
+    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + nbytes]
+
+
+def regions(shares: Sequence[Bounds]) -> dict[Bounds, Sequence[Bounds]]:
+    """What a process reads at once to have these different shares of a parameter: region -> its shares.
+
+    The box around all of them where they fill it, so that the file is read in long runs and each byte once;
+    otherwise every share by itself, so that nothing is read that no device holds.
+    """
+    box = tuple((min(a for a, _ in axis), max(b for _, b in axis)) for axis in zip(*shares, strict=True))
+    # Two shares of one sharding have nothing in common, so they fill the box if they are as large as it.
+    if sum(map(_volume, shares)) == _volume(box):
+        return {box: shares}
+    return {share: [share] for share in shares}
+
+
+def _volume(bounds: Bounds) -> int:
+    return math.prod(stop - start for start, stop in bounds)
+
+
+def _slices(bounds: Bounds, offset: Sequence[int] | None = None) -> tuple[slice, ...]:
+    offset = [0] * len(bounds) if offset is None else offset
+    return tuple(slice(start - o, stop - o) for (start, stop), o in zip(bounds, offset, strict=True))
+
+
 def stored_dtype(entries: Entries, piece: Piece) -> np.dtype:
-    """The element type of a piece's numbers: of a packed one bfloat16, as it is published for computing."""
-    return np.dtype(ml_dtypes.bfloat16) if piece.source.packed else entries[piece.name].dtype
+    """The element type of a piece's numbers: of 4 and 8 bits bfloat16, as they are meant to be computed."""
+    quantised = piece.source.packed or entries[piece.name].dtype == _FP8
+    return np.dtype(ml_dtypes.bfloat16) if quantised else entries[piece.name].dtype
 
 
 def target_dtype(stored: np.dtype, wanted: str | None) -> np.dtype:
@@ -165,6 +227,8 @@ def _read_block(
     target = target[None] if piece.source.boxed else target
     if piece.source.packed:
         copy(_unpack(reader, entries, piece, disk_index).astype(out.dtype), target)
+    elif entries[piece.name].dtype == _FP8:
+        copy(_scaled(reader, entries, piece.name, disk_index).astype(out.dtype), target)
     elif entries[piece.name].dtype == out.dtype:
         reader.read_into(entries[piece.name], disk_index, target)
     else:
@@ -195,6 +259,43 @@ def _unpack(reader: Reader, entries: Entries, piece: Piece, index: Sequence[slic
     return numbers.reshape(*numbers.shape[:-2], -1)[
         ..., inputs.start - first * PACK : inputs.stop - first * PACK
     ]
+
+
+def _scaled(reader: Reader, entries: Entries, name: str, index: Sequence[slice]) -> np.ndarray:
+    """Numbers of a block of an FP8 tensor, float32: each times the scale of its square."""
+    codes = reader.read(entries[name], index)
+    places = [np.arange(part.start, part.stop, part.step or 1) // SCALED for part in index[-2:]]
+    squares = tuple(slice(int(place[0]), int(place[-1]) + 1) for place in places)
+    scales = reader.read(entries[f"{name}{SCALES}"], (*index[:-2], *squares)).astype(np.float32)
+    rows, columns = (place - place[0] for place in places)
+    return _FP8_NUMBERS[codes.view(np.uint8)] * scales[..., rows[:, None], columns]
+
+
+def check_scales(entries: Entries) -> None:
+    """FP8 weights and their scales come in pairs that fit each other.
+
+    Raises:
+        InputError: a scale is missing, of a wrong shape, or beside a weight of another type.
+    """
+    for name, entry in entries.items():
+        weight = entries.get(name.removesuffix(SCALES)) if name.endswith(SCALES) else None
+        if weight is not None and weight.dtype != _FP8:
+            raise InputError(
+                f"tensor '{name}' scales a tensor of type {weight.dtype}",
+                where=str(entry.path),
+                expected=f"scales beside {_FP8} only",
+            )
+        if entry.dtype != _FP8:
+            continue
+        scales = entries.get(f"{name}{SCALES}")
+        shape = (*entry.shape[:-2], *(-(-n // SCALED) for n in entry.shape[-2:]))
+        if len(entry.shape) < 2 or scales is None or scales.shape != shape:
+            raise InputError(
+                f"tensor '{name}' is in FP8, its scales '{name}{SCALES}' are "
+                + ("missing" if scales is None else f"of shape {list(scales.shape)}"),
+                where=str(entry.path),
+                expected=f"scales of shape {list(shape)}, one for each {SCALED} x {SCALED} of a matrix",
+            )
 
 
 def check_tied(reader: Reader, tied: Mapping[str, str], entries: Entries) -> None:

@@ -91,10 +91,21 @@ def guard_prompts(tokenizer: Any, samples: Sequence[Sample], answers: Sequence[s
     typed = _wants_typed_content(tokenizer)
     asked = []
     for sample, answer in zip(samples, answers, strict=True):
-        turns = [*prompt_messages(sample), {"role": "assistant", "content": answer}]
+        turns = [*_without_system(prompt_messages(sample)), {"role": "assistant", "content": answer}]
         messages = tuple(_typed(turn) for turn in turns) if typed else tuple(turns)
         asked.append(Sample(messages=messages, source=sample.source, index=sample.index, place=sample.place))
     return encode_prompts(tokenizer, asked)
+
+
+def _without_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The system message in front of the first question.
+
+    A Llama Guard template knows two roles in turns, and tells from the number of messages whom to judge.
+    """
+    if len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
+        return turns
+    text = f"{turns[0]['content']}\n\n{turns[1]['content']}"
+    return [{"role": "user", "content": text}, *turns[2:]]
 
 
 def _typed(turn: dict[str, str]) -> dict[str, Any]:

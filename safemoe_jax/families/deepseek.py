@@ -18,6 +18,7 @@ from safemoe_jax.families.config_fields import (
     require,
     size,
 )
+from safemoe_jax.families.tensor_table import SCALED
 from safemoe_jax.models.config import LayerConfig, MlaConfig, ModelConfig, RopeConfig, RoutingConfig
 from safemoe_jax.models.rope import yarn_mscale
 
@@ -37,7 +38,9 @@ def read_sizes(raw: Mapping[str, Any], *, max_positions: int, head_dim: int | No
     n_experts, top_k = size(raw, ("n_routed_experts", "num_local_experts")), size(raw, "num_experts_per_tok")
     require(top_k <= n_experts, "num_experts_per_tok", top_k, f"at most n_routed_experts ({n_experts})")
     quantised, expert_dim = raw.get("quantization_config"), size(raw, "moe_intermediate_size")
-    require(quantised is None, "quantization_config", quantised, "bfloat16 or float32 weights")
+    fp8 = {"quant_method": "fp8", "weight_block_size": [SCALED, SCALED]}
+    readable = quantised is None or (isinstance(quantised, Mapping) and {**quantised, **fp8} == quantised)
+    require(readable, "quantization_config", quantised, f"{fp8}, or no quantisation")
     return {
         **read_decoder(raw, head_dim=head_dim, max_positions=max_positions),
         "n_experts": n_experts,

@@ -1,7 +1,7 @@
 """DeepSeek-V3 and R1 (`model_type: deepseek_v3`; arXiv 2412.19437): config.json and tensor names.
 
-The published weights are in 8 bits and are refused; their bfloat16 conversions load. The module that predicts
-a second token (the layer after the last) is left out, as transformers leaves it out.
+The published weights are in 8 bits with a scale a square of 128 x 128; read, never written. The module that
+predicts a second token (the layer after the last) is left out, as transformers leaves it out.
 """
 
 from __future__ import annotations

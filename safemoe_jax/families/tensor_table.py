@@ -23,6 +23,8 @@ from safemoe_jax.models.params import ParamSpec, is_adapter
 _LAYER_NAME = re.compile(r"segments\.(\d+)\.(\d+)\.(.+)")
 # MXFP4: numbers that share one scale, and bytes that hold them.
 PACK, PACK_BYTES = 32, 16
+# FP8 (DeepSeek-V3): the ending of the tensor of scales beside a weight, and the side of a scaled square.
+SCALES, SCALED = "_scale_inv", 128
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,7 @@ def resolve(
         if not is_adapter(name)
     }
     used = {name for places in plan.values() for piece in places for name in piece.tensors}
+    used |= {f"{name}{SCALES}" for name in used}
     copies = set(table.tied or {}) if config.tie_embeddings else set()
     patterns = (*table.ignored, *_left_out_patterns(config, table))
     for name in sorted(set(found) - used - copies):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -107,3 +110,38 @@ def test_a_folder_filled_meanwhile_is_kept(tmp_path):
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "y").write_text("theirs")
     assert os.listdir(tmp_path) == ["d"] and os.listdir(tmp_path / "d") == ["y"]
+
+
+KILLED = """
+import os, signal, sys
+from safemoe_jax.checkpoints.atomic import new_file, new_folder
+with new_folder(sys.argv[1]) as folder, new_file(sys.argv[2]) as file:
+    (folder / "half").write_text("x")
+    file.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_write(repository, tmp_path):
+    """Only of the same target, and only if its process is gone."""
+    folder, file = tmp_path / "out", tmp_path / "file"
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    run = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(file)], env=environment)
+    assert run.returncode == -signal.SIGKILL
+    left = {path.name.split(".writing-")[0]: path for path in tmp_path.iterdir()}
+    assert left.keys() == {".out", ".file"}
+    stem = left[".out"].name.rpartition("-")[0]
+    kept = [
+        tmp_path / f"{stem}-{os.getppid()}",
+        tmp_path / ".out.writing-another_host-1",
+        tmp_path / f"{stem}-notes",
+        left[".file"],
+    ]
+    for path in kept[:3]:
+        path.mkdir()
+    with new_folder(folder) as temporary:
+        (temporary / "whole").write_text("x")
+    assert {*tmp_path.iterdir()} == {folder, *kept}
+    with new_file(file) as temporary:
+        temporary.write_text("whole")
+    assert {*tmp_path.iterdir()} == {folder, file, *kept[:3]}

@@ -1,13 +1,16 @@
-"""Loading straight into the shardings of a mesh of 8 devices: same arrays, and each share read once."""
+"""Loading straight into the shardings of a mesh: same arrays, and a process reads its own bytes once."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
+
+from experiments.bench_loading import CONFIG, write_folder
 
 # A process of its own: the number of devices is fixed when JAX starts.
 PROGRAM = """
@@ -34,16 +37,14 @@ model = load_pretrained(folder, mesh=mesh)
 specs = declare(model.config)
 placed = shardings(specs, mesh)
 shards = sorted(placed[name].shard_shape(spec.shape) for name, spec in specs.items())
-index_maps = [placed[name].devices_indices_map(spec.shape).values() for name, spec in specs.items()]
-distinct = sum(len({str(index) for index in indices}) for indices in index_maps)
 whole = {name: np.asarray(value) for name, value in plain.params.items()}
 rng = np.random.default_rng(0)
 tokens = rng.integers(0, model.config.vocab_size, (4, 8))
 print(json.dumps({
     "equal": all(np.array_equal(np.asarray(model.params[n]), whole[n]) for n in whole),
     "placed": all(model.params[n].sharding == placed[n] for n in placed),
-    "only_shards": sorted(set(shape for _, shape in buffers)) == sorted(set(shards)),
-    "read_once": len(buffers) == distinct,
+    # This one process holds all shares of a parameter, so that it reads them in one go.
+    "read_once": sorted(shape for _, shape in buffers) == sorted(spec.shape for spec in specs.values()),
     "split": sum(map(math.prod, shards)) < sum(value.size for value in whole.values()),
     "logits": float(np.abs(np.asarray(model(tokens).logits) - np.asarray(plain(tokens).logits)).max()),
 }))
@@ -67,6 +68,78 @@ def test_load_and_save_on_a_mesh(references, repository, tmp_path, sizes):
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
     assert result.pop("logits") < 1e-4
-    assert result == dict.fromkeys(("equal", "placed", "only_shards", "read_once", "split"), True)
+    assert result == dict.fromkeys(("equal", "placed", "read_once", "split"), True)
     saved = (tmp_path / "saved" / "model.safetensors").stat().st_size
     assert abs(saved - (references / "gqa_clip" / "model.safetensors").stat().st_size) < 2000
+
+
+# One of two processes: what it reads, against what its devices hold.
+ONE_OF_TWO = """
+import json, os, sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from safemoe_jax.checkpoints import reading
+from safemoe_jax.checkpoints.huggingface import load_params, read_config
+from safemoe_jax.parallel.mesh import MeshConfig, make_mesh
+
+folder = sys.argv[3]
+config, _ = read_config(folder)
+plain = {name: np.asarray(value) for name, value in load_params(folder, config).items()}
+read, buffers = [], []
+preadv, read_share = os.preadv, reading.Loader.read_share
+def counted(*arguments):
+    read.append(preadv(*arguments))
+    return read[-1]
+def measured(*arguments):
+    buffers.append(read_share(*arguments))
+    return buffers[-1]
+os.preadv, reading.Loader.read_share = counted, measured
+params = load_params(folder, config, mesh=make_mesh(MeshConfig(**json.loads(sys.argv[4]))))
+held, equal = 0, True
+for name, array in params.items():
+    held += sum({str(share.index): share.data.nbytes for share in array.addressable_shards}.values())
+    equal &= all(np.array_equal(share.data, plain[name][share.index]) for share in array.addressable_shards)
+print(json.dumps({
+    "equal": equal, "read": sum(read), "held": held, "all": sum(value.nbytes for value in plain.values()),
+    "buffer": max(b.nbytes for b in buffers), "largest": max(value.nbytes for value in plain.values()),
+}))
+"""
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(fsdp=2, expert=2), dict(expert=2, tensor=2), dict(fsdp=4)], ids=["fsdp", "expert", "fsdp4"]
+)
+def test_each_process_reads_only_its_own_bytes(repository, tmp_path, sizes):
+    """Rows of 8 kB, half of each for either process: a gap of a page is where reading through it ends."""
+    config = {
+        **{**CONFIG, "vocab_size": 64, "intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
+        "num_hidden_layers": 1,
+    }
+    write_folder(tmp_path / "model", config, "published", "float32")
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    address, arguments = f"127.0.0.1:{free_port()}", [str(tmp_path / "model"), json.dumps(sizes)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_OF_TWO, address, str(number), *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        out, messages = process.communicate(timeout=240)
+        assert process.returncode == 0, messages
+        got = json.loads(out.splitlines()[-1])
+        assert got["equal"]
+        assert got["read"] == got["held"] < got["all"]
+        assert got["buffer"] <= got["largest"]
