@@ -17,6 +17,7 @@ from safemoe_jax.evaluation.generate import generate
 from safemoe_jax.model import load_pretrained
 from safemoe_jax.models import LoraConfig
 from safemoe_jax.models.lora import add_adapters
+from safemoe_jax.models.transformer import chosen_experts
 from tests.parity.families.harness import (
     agreement,
     by_expert,
@@ -75,6 +76,9 @@ def test_chosen_experts_and_combine_weights(pair):
     want_weights, want_experts = by_expert(pair.want.combine_weights, pair.want.experts)
     np.testing.assert_array_equal(experts[:, real], want_experts[:, real])
     close(weights, want_weights, real, atol=1e-5)
+    if pair.ours.config.n_moe_layers:
+        stacked = chosen_experts(pair.ours.config, pair.ours.weights, pair.want.router_logits)
+        np.testing.assert_array_equal(np.sort(stacked)[:, real], want_experts[:, real])
 
 
 def test_output_of_every_layer(pair, monkeypatch):
