@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.config import LoraConfig, ModelConfig
-from safemoe_jax.models.params import Params, count, initialise, is_adapter
+from safemoe_jax.models.params import Params, count, initialise, is_adapter, is_correction
 from safemoe_jax.models.transformer import declare
 
 EXPERT_TARGETS = {"mlp.experts.gate_up_proj": "gate_up", "mlp.experts.down_proj": "down"}
@@ -105,7 +105,9 @@ def describe(config: ModelConfig) -> str:
     specs = declare(config)
     total = count({name: spec for name, spec in specs.items() if not is_adapter(name)})
     if config.lora is None:
-        return f"full fine-tuning: all {total:,} parameters train"
+        fixed = count({name: spec for name, spec in specs.items() if is_correction(name)})
+        kept = f"; the routers' {fixed:,} correction biases stay" if fixed else ""
+        return f"full fine-tuning: all {total - fixed:,} parameters train{kept}"
     adapters = {name: spec for name, spec in specs.items() if is_adapter(name)}
     trained = count(adapters)
     places = sum(spec.shape[0] for name, spec in adapters.items() if name.endswith("lora_a"))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from safemoe_jax import defenses
@@ -28,7 +27,7 @@ from safemoe_jax.data.sources import read_source
 from safemoe_jax.model import Model, load_pretrained
 from safemoe_jax.models.config import Compute, check_mesh
 from safemoe_jax.models.lora import add_adapters, describe
-from safemoe_jax.models.params import Params, initialise, shardings, split_trainable
+from safemoe_jax.models.params import Params, cast, initialise, shardings, split_trainable
 from safemoe_jax.models.transformer import declare
 from safemoe_jax.parallel.mesh import BATCH_AXES, make_mesh, mesh_axis_sizes
 from safemoe_jax.training.config import TrainConfig, to_dict, validate
@@ -186,9 +185,7 @@ def _base_model(config: TrainConfig, model: Model | None, mesh: Mesh) -> Model:
         if model.config.lora is not None:
             model = model.merged()
         placed = shardings(declare(model.config), mesh)
-        params = {
-            name: jax.device_put(v.astype(jnp.dtype(dtype)), placed[name]) for name, v in model.params.items()
-        }
+        params = {name: jax.device_put(v, placed[name]) for name, v in cast(model.params, dtype).items()}
         return dataclasses.replace(model, params=params, compute=compute)
     if config.initialise == "random":
         folder = find_folder(config.model)
@@ -320,7 +317,7 @@ def _save(model: Model, config: TrainConfig, folder: Path) -> str:
     if model.config.lora is not None:
         name, save = "adapter", model.save_adapter
     else:
-        params = {key: value.astype(jnp.dtype(config.dtype)) for key, value in model.params.items()}
+        params = cast(model.params, config.dtype)
         name, save = "model", dataclasses.replace(model, params=params).save_pretrained
     if not (folder / name).exists():
         save(folder / name)

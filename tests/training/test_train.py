@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from jax import monitoring
 
 from safemoe_jax import defenses
 from safemoe_jax.checkpoints import train_state
+from safemoe_jax.checkpoints.huggingface import save_folder
 from safemoe_jax.configuration import parse
 from safemoe_jax.data.sources import SourceConfig
 from safemoe_jax.errors import InputError
+from safemoe_jax.families import family_of
 from safemoe_jax.model import load_pretrained
 from safemoe_jax.models.config import LoraConfig
-from safemoe_jax.models.params import Weights
+from safemoe_jax.models.params import Weights, initialise
+from safemoe_jax.models.transformer import declare
 from safemoe_jax.parallel.mesh import MeshConfig
 from safemoe_jax.training.config import DefenceConfig, OptimizerConfig, TrainConfig, to_dict
 from safemoe_jax.training.hooks import Defence, GradientHook, LossHook
@@ -198,6 +202,36 @@ def test_full_fine_tuning_from_random_weights_writes_a_model(world):
     loaded = load_pretrained(result.run_dir / "model")
     for name, value in result.model.params.items():
         np.testing.assert_array_equal(loaded.params[name], value, err_msg=name)
+
+
+def test_full_fine_tuning_leaves_the_routers_correction_biases(world, tmp_path):
+    """In transformers they are buffers: their bytes are the same after any steps, in a bfloat16 model too."""
+    raw = dict(
+        model_type="dots1", vocab_size=world.config.vocab_size, hidden_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, intermediate_size=24, moe_intermediate_size=8,
+        n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, n_group=1,
+        topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0, rms_norm_eps=1e-5,
+        max_position_embeddings=128, rope_theta=1e4, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    config = family_of("dots1").read_config(raw)
+    params = initialise(declare(config), jax.random.key(0), stddev=0.3)
+    name = "segments.1.0.moe.router.correction_bias"
+    params[name] = jnp.asarray([[0.3, -0.1, 1 / 3, 0.0]], jnp.float32)
+    save_folder(tmp_path / "model", config, params)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(world.model / file, tmp_path / "model")
+    optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=0.5)
+    run = world.train_config(
+        "fixed", model=str(tmp_path / "model"), lora=None, dtype="bfloat16", steps=3, optimizer=optimizer
+    )
+    for model in (None, load_pretrained(tmp_path / "model")):
+        result = finetune(dataclasses.replace(run, output=str(tmp_path / f"run{model is None}")), model=model)
+        saved = load_pretrained(result.run_dir / "model")
+        for found in (result.model.params[name], saved.params[name]):
+            assert np.asarray(found).tobytes() == np.asarray(params[name]).tobytes()
+        kernel = "segments.1.0.moe.router.kernel"
+        assert np.abs(result.model.params[kernel] - params[kernel]).max() > 1e-3
+        assert "4 correction biases stay" in result.summary["trainable"]
 
 
 def test_full_fine_tuning_holds_the_weights_once_beside_adams_moments(world):
