@@ -12,13 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from safemoe_jax.checkpoints.huggingface import (
-    copy_companions,
-    find_folder,
-    load_params,
-    read_config,
-    save_folder,
-)
+from safemoe_jax.checkpoints.hub import find_folder
+from safemoe_jax.checkpoints.huggingface import copy_companions, load_params, read_config, save_folder
 from safemoe_jax.checkpoints.peft import load_adapter, save_adapter
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.config import Compute, ModelConfig

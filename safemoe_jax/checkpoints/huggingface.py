@@ -60,47 +60,6 @@ _WORTH_TELLING_GB = 0.1
 Tensors = Mapping[str, Sequence[tuple[str, Piece]]]
 
 
-def find_folder(path_or_hub_id: str | Path) -> Path:
-    """The folder of a checkpoint: as given, or a snapshot fetched from the Hugging Face hub.
-
-    Args:
-        path_or_hub_id: a folder, or `owner/name` where no such folder is there.
-
-    Raises:
-        InputError: neither a folder nor something that the hub has.
-    """
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    if (
-        path.is_absolute()
-        or str(path_or_hub_id).startswith((".", "~"))
-        or str(path_or_hub_id).count("/") != 1
-    ):
-        raise InputError(
-            "no such folder",
-            where=str(path_or_hub_id),
-            expected="a checkpoint folder, or a hub id like owner/name",
-        )
-    return _fetch(str(path_or_hub_id))
-
-
-def _fetch(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"]
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"neither a folder here nor a checkpoint that the hub gives: {reason}",
-            where=hub_id,
-            expected="a checkpoint folder, or a hub id that this machine can reach and may read",
-        ) from error
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 

@@ -16,7 +16,8 @@ import jax
 from jax.sharding import Mesh
 
 from safemoe_jax import defenses
-from safemoe_jax.checkpoints.huggingface import find_folder, read_config
+from safemoe_jax.checkpoints.hub import find_folder
+from safemoe_jax.checkpoints.huggingface import read_config
 from safemoe_jax.checkpoints.reference import Reference, check_matches, fingerprint, read_reference
 from safemoe_jax.checkpoints.train_state import TrainCheckpoints
 from safemoe_jax.data.chat import Encoded, encode_samples
