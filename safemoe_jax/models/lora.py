@@ -47,15 +47,33 @@ def _declares_adapter(config: ModelConfig, target: str) -> bool:
     return any(map(is_adapter, declare(replace(config, lora=LoraConfig(rank=1, targets=(target,))))))
 
 
+def default_targets(config: ModelConfig) -> tuple[str, ...]:
+    """The targets of a run that names none.
+
+    Queries and values, PEFT's own choice for the families that it has one for. Latent attention makes its
+    values by a down projection that keys share and an up projection that keys share: both, and the queries'.
+    PEFT has no choice for it.
+    """
+    if config.mla is None:
+        return ("q_proj", "v_proj")
+    queries = ("q_proj",) if config.mla.q_rank is None else ("q_a_proj", "q_b_proj")
+    return (*queries, "kv_a_proj_with_mqa", "kv_b_proj")
+
+
+def with_targets(config: ModelConfig, lora: LoraConfig) -> LoraConfig:
+    """The adapters with their targets named: the network's defaults where there are none."""
+    return lora if lora.targets is not None else replace(lora, targets=default_targets(config))
+
+
 def with_adapters(config: ModelConfig, lora: LoraConfig) -> ModelConfig:
-    """The config of the network with adapters.
+    """The config of the network with adapters, on `default_targets` where no targets are given.
 
     Raises:
         InputError: a target matches no projection, no target is named, or the rank is below 1.
     """
     if lora.rank < 1:
         raise InputError(f"LoRA rank {lora.rank}", where="lora.rank", expected="a rank of at least 1")
-    known = lora_targets(replace(config, lora=None))
+    lora, known = with_targets(config, lora), lora_targets(replace(config, lora=None))
     unknown = [target for target in lora.targets if target not in known]
     if unknown or not lora.targets:
         what = f"LoRA target {unknown[0]!r} matches no projection" if unknown else "no LoRA target is named"

@@ -84,7 +84,8 @@ def test_the_run_folder_holds_what_the_design_promises(defended):
     assert json.loads((folder / "environment.json").read_text())["versions"]["jax"] == jax.__version__
     assert json.loads((folder / "results.json").read_text())["training"]["task_steps"] == 13
     parsed, _ = parse(TrainConfig, ["--config", str(folder / "config.yaml")], program="safemoe train")
-    assert to_dict(parsed) == to_dict(config)
+    named = dataclasses.replace(config.lora, targets=("q_proj", "v_proj"))
+    assert config.lora.targets is None and parsed == dataclasses.replace(config, lora=named)
 
 
 def test_passes_come_at_the_ends_of_epochs_and_the_last_has_rate_0(defended):
@@ -352,6 +353,13 @@ def test_metrics_are_cut_behind_the_step_that_a_run_continues_from(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     truncate_rows(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_naming_the_default_targets_is_the_same_run(defended):
+    config, result, _, _ = defended
+    named = dataclasses.replace(config.lora, targets=("q_proj", "v_proj"))
+    again = finetune(dataclasses.replace(config, lora=named))
+    assert again.summary["resumed_at"] == result.summary["task_steps"]
 
 
 def test_the_resolved_configuration_is_plain_yaml(world):

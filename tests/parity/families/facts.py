@@ -139,17 +139,23 @@ def test_adapters_of_peft_load_here(pair, tmp_path):
 
 
 def test_peft_loads_adapters_written_here(pair, tmp_path):
+    peft_round_trip(pair, pair.variant.adapter_targets, tmp_path / "adapter")
+
+
+def peft_round_trip(pair, targets, folder) -> PeftModel:
+    """Writes adapters on these targets (None: the default ones); what PEFT makes of them has their logits."""
     model = load_pretrained(pair.folder)
-    lora = LoraConfig(rank=RANK, alpha=ALPHA, targets=pair.variant.adapter_targets)
+    lora = LoraConfig(rank=RANK, alpha=ALPHA, targets=targets)
     model.config, model.params = add_adapters(model.config, model.params, lora, jax.random.key(1))
     for i, name in enumerate(sorted(name for name in model.params if name.endswith("lora_b"))):
         model.params[name] = 0.3 * jax.random.normal(jax.random.key(i), model.params[name].shape)
     want = model(pair.want.tokens, pair.want.attention_mask).logits
     real = pair.want.attention_mask.astype(bool)
     assert np.abs(want - pair.want.logits)[real].max() > 0.05
-    model.save_adapter(tmp_path / "adapter")
-    adapted = PeftModel.from_pretrained(copied(pair.theirs), tmp_path / "adapter").eval()
+    model.save_adapter(folder)
+    adapted = PeftModel.from_pretrained(copied(pair.theirs), folder).eval()
     close(their_logits(adapted, pair.want.tokens, pair.want.attention_mask), want, real, atol=2e-4)
+    return adapted
 
 
 def test_bfloat16_agrees(pair, tmp_path):
