@@ -30,6 +30,7 @@ from safemoe_jax.parallel.mesh import MeshConfig
 from safemoe_jax.training.config import DefenceConfig, OptimizerConfig, TrainConfig, to_dict
 from safemoe_jax.training.hooks import Defence, GradientHook, LossHook
 from safemoe_jax.training.metrics import truncate_rows
+from safemoe_jax.training.run_folder import check_folder
 from safemoe_jax.workflows.train import epoch_ends, finetune
 from tests.training.tiny import World
 
@@ -145,6 +146,35 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(defended):
     with pytest.raises(InputError, match=r"optimizer.learning_rate was 0.01, is 0.02"):
         finetune(other)
     assert {path: path.stat().st_mtime_ns for path in result.run_dir.rglob("*")} == before
+
+
+def test_a_folder_that_is_older_than_a_setting_is_continued_at_its_default(world, defended):
+    """Settings of every depth are missing from config.yaml; another value than the default is another run."""
+    config, result, _, _ = defended
+    file = result.run_dir / "config.yaml"
+    before = file.read_text()
+    written = yaml.safe_load(before)
+    missing = {"": "router_z_coef", "optimizer": "b2", "defence": "clip", "mesh": "tensor", "lora": "alpha"}
+    for section, name in missing.items():
+        del (written[section] if section else written)[name]
+    del written["data"][0]["share"], written["remat"]
+    now = dataclasses.replace(config, lora=LoraConfig(3, targets=("q_proj", "v_proj")))
+    try:
+        file.write_text(yaml.safe_dump(written))
+        check_folder(now)
+        for other, told in (
+            (dataclasses.replace(now, router_z_coef=0.5), "router_z_coef was 0.0, is 0.5"),
+            (
+                dataclasses.replace(now, lora=LoraConfig(3, 6.0, ("q_proj", "v_proj"))),
+                "lora.alpha was 8.0, is 6.0",
+            ),
+            (dataclasses.replace(now, mesh=MeshConfig(tensor=2)), "mesh.tensor was 1, is 2"),
+            (dataclasses.replace(now, data=[SourceConfig(str(world.data), share=0.5)]), "'share': None"),
+        ):
+            with pytest.raises(InputError, match=f"another configuration: .*{told}"):
+                check_folder(other)
+    finally:
+        file.write_text(before)
 
 
 def test_a_folder_that_is_no_run_is_refused(world, tmp_path):
