@@ -31,7 +31,7 @@ from safemoe_jax.training.config import DefenceConfig, OptimizerConfig, TrainCon
 from safemoe_jax.training.hooks import Defence, GradientHook, LossHook
 from safemoe_jax.training.metrics import truncate_rows
 from safemoe_jax.training.run_folder import check_folder
-from safemoe_jax.workflows.train import epoch_ends, finetune
+from safemoe_jax.workflows.train import epoch_ends, finetune, plan_run
 from tests.training.tiny import World
 
 
@@ -368,6 +368,17 @@ def test_a_reference_of_another_model_is_refused(world, tmp_path):
     with pytest.raises(InputError, match=r"another model \(weights\)"):
         finetune(config)
     assert not (world.folder / "refused").exists()
+
+
+def test_max_length_cuts_samples_and_rows_hold_several_of_them(world):
+    """The cut is made once, before packing: a longer row is room for more samples, not for longer ones."""
+    plan, _, report = plan_run(world.train_config("cut", max_length=18))
+    assert report["truncated"] == 3 and report["samples"] + report["dropped"] == 18
+    lengths = [
+        np.bincount(row[row > 0]).max() for batch in plan.pipeline.iter() for row in batch["segment_ids"]
+    ]
+    assert max(lengths) == 18
+    assert plan.pipeline.capacity.tokens >= 64
 
 
 def test_epoch_ends():
