@@ -43,6 +43,7 @@ COMPANIONS = (
     "tokenizer.model",
     "generation_config.json",
 )
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Fields that another spelling replaces, or that describe how the weights were stored.
 _SUPERSEDED = {
@@ -228,6 +229,8 @@ def save_folder(
         config: the network, without adapters (merge them first).
         params: its parameters; with several processes every one of them calls, the first one writes.
         extra_config: further fields of config.json (token ids and the like); the network's own fields win.
+            Without any, the token ids are null: a field that is absent would get the family's default, which
+            need not even be in the vocabulary.
         write_beside: writes further files (tokenizer, chat template) into the folder it is given.
         max_file_bytes: size above which the weights go into several files.
 
@@ -329,6 +332,7 @@ def _write_index(path: Path, files: Mapping[str, Sequence[Planned]]) -> None:
 def _config_fields(config: ModelConfig, params: Params, extra: Mapping[str, Any]) -> dict[str, Any]:
     """The family's fields and those of the checkpoint that say nothing about the network."""
     own = family_of(config.family).write_config(config)
+    extra = extra or dict.fromkeys(f"{name}_id" for name in SPECIAL_TOKENS)
     if isinstance(extra.get("text_config"), Mapping) and "text_config" not in own:
         extra = extra["text_config"]  # the text model by itself
     kept = {key: value for key, value in extra.items() if key not in _SUPERSEDED}
