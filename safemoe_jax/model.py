@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from safemoe_jax.checkpoints.hub import find_folder
 from safemoe_jax.checkpoints.huggingface import (
+    SPECIAL_TOKENS,
     copy_companions,
-    find_folder,
     load_params,
     read_config,
     save_folder,
@@ -114,7 +115,7 @@ class Model:
             folder,
             model.config,
             model.params,
-            extra_config=self.hf_config,
+            extra_config=self.hf_config or self._token_ids(),
             write_beside=self._write_companions,
             max_file_bytes=max_file_bytes,
         )
@@ -126,6 +127,12 @@ class Model:
             InputError: there are no adapters, the folder is not empty, or the disk refuses.
         """
         save_adapter(folder, self.config, self.params, self.name, self.hf_config)
+
+    def _token_ids(self) -> dict[str, int | None]:
+        """The tokenizer's special tokens as config.json names them; nothing without a tokenizer."""
+        if self._tokenizer is None and not _has_tokenizer(self.path):
+            return {}
+        return {f"{name}_id": getattr(self.tokenizer, f"{name}_id") for name in SPECIAL_TOKENS}
 
     def _write_companions(self, folder: Path) -> None:
         if self.path is not None:
@@ -168,8 +175,12 @@ def load_pretrained(
     return Model(config, params, compute, str(path_or_hub_id), folder, raw)
 
 
+def _has_tokenizer(path: Path | None) -> bool:
+    return path is not None and any((path / name).exists() for name in _TOKENIZER_FILES)
+
+
 def _read_tokenizer(path: Path | None) -> Any:
-    if path is None or not any((path / name).exists() for name in _TOKENIZER_FILES):
+    if not _has_tokenizer(path):
         raise InputError("no tokenizer", where=str(path or "model"), expected="a folder with tokenizer.json")
     from transformers import AutoTokenizer
 

@@ -7,20 +7,29 @@ from pathlib import Path
 
 from safemoe_jax.errors import InputError
 
-DESCRIPTION_FILES = ("*.json", "*.jinja")
-"""What describes a checkpoint: configuration, index, tokenizer and chat template, no weights."""
+# Configuration, index, tokenizer and chat template.
+_DESCRIPTION = ("*.json", "*.jinja")
+_WHOLE = (*_DESCRIPTION, "*.safetensors", "merges.txt", "tokenizer.model")
 
 
-def find_checkpoint(path_or_hub_id: str | Path, patterns: Sequence[str]) -> Path:
-    """The folder of a checkpoint: as given, or fetched from the Hugging Face hub.
+def find_folder(path_or_hub_id: str | Path) -> Path:
+    """The folder of a checkpoint: as given, or a snapshot fetched from the Hugging Face hub.
 
     Args:
         path_or_hub_id: a folder, or `owner/name` where no such folder is there.
-        patterns: file names to fetch from the hub, with wildcards.
 
     Raises:
         InputError: neither a folder nor something that the hub has.
     """
+    return _find(path_or_hub_id, _WHOLE)
+
+
+def find_description(path_or_hub_id: str | Path) -> Path:
+    """`find_folder` without weights: of the hub only the files that describe the checkpoint are fetched."""
+    return _find(path_or_hub_id, _DESCRIPTION)
+
+
+def _find(path_or_hub_id: str | Path, patterns: Sequence[str]) -> Path:
     path, text = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
     if path.is_dir():
         return path

@@ -43,6 +43,7 @@ COMPANIONS = (
     "tokenizer.model",
     "generation_config.json",
 )
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Fields that another spelling replaces, or that describe how the weights were stored.
 _SUPERSEDED = {
@@ -58,47 +59,6 @@ _SUPERSEDED = {
 }
 _WORTH_TELLING_GB = 0.1
 Tensors = Mapping[str, Sequence[tuple[str, Piece]]]
-
-
-def find_folder(path_or_hub_id: str | Path) -> Path:
-    """The folder of a checkpoint: as given, or a snapshot fetched from the Hugging Face hub.
-
-    Args:
-        path_or_hub_id: a folder, or `owner/name` where no such folder is there.
-
-    Raises:
-        InputError: neither a folder nor something that the hub has.
-    """
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    if (
-        path.is_absolute()
-        or str(path_or_hub_id).startswith((".", "~"))
-        or str(path_or_hub_id).count("/") != 1
-    ):
-        raise InputError(
-            "no such folder",
-            where=str(path_or_hub_id),
-            expected="a checkpoint folder, or a hub id like owner/name",
-        )
-    return _fetch(str(path_or_hub_id))
-
-
-def _fetch(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"]
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"neither a folder here nor a checkpoint that the hub gives: {reason}",
-            where=hub_id,
-            expected="a checkpoint folder, or a hub id that this machine can reach and may read",
-        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -270,6 +230,8 @@ def save_folder(
         config: the network, without adapters (merge them first).
         params: its parameters; with several processes every one of them calls, the first one writes.
         extra_config: further fields of config.json (token ids and the like); the network's own fields win.
+            Without any, the token ids are null: a field that is absent would get the family's default, which
+            need not even be in the vocabulary.
         write_beside: writes further files (tokenizer, chat template) into the folder it is given.
         max_file_bytes: size above which the weights go into several files.
 
@@ -371,6 +333,7 @@ def _write_index(path: Path, files: Mapping[str, Sequence[Planned]]) -> None:
 def _config_fields(config: ModelConfig, params: Params, extra: Mapping[str, Any]) -> dict[str, Any]:
     """The family's fields and those of the checkpoint that say nothing about the network."""
     own = family_of(config.family).write_config(config)
+    extra = extra or dict.fromkeys(f"{name}_id" for name in SPECIAL_TOKENS)
     if isinstance(extra.get("text_config"), Mapping) and "text_config" not in own:
         extra = extra["text_config"]  # the text model by itself
     kept = {key: value for key, value in extra.items() if key not in _SUPERSEDED}

@@ -79,7 +79,6 @@ class TrainPipeline:
         batch_size: int,
         epochs: float = 1,
         seed: int = 0,
-        max_length: int | None = None,
         row_multiple: int = 1,
         *,
         total_steps: int | None = None,
@@ -94,10 +93,10 @@ class TrainPipeline:
             batch_size: samples an optimizer step, exactly.
             epochs: passes over the samples; the run has the whole steps in them. May be a fraction.
             seed: of the order, 0 .. 2^32 - 1.
-            max_length: upper bound of the chosen row length; the samples were cut to it by `encode_samples`.
             row_multiple: rows of every batch are a multiple of this (data x fsdp x accumulation).
             total_steps: number of steps instead of `epochs`.
-            row_length: T; None for the one at which the run costs least, see `shapes.choose_capacity`.
+            row_length: T; None for the one at which the run costs least, see `shapes.choose_capacity`. A row
+                holds several samples and may be longer than any; `encode_samples` has cut each to its length.
             prompts: prompts for a loss term, int32 [n] each; they are packed into the task batches.
             prompts_for_step: which prompts a step holds; None for all of them in every step.
 
@@ -113,7 +112,7 @@ class TrainPipeline:
         prompt_order = [list(ride(step)) if prompts else [] for step in range(steps)]
 
         sizes = _Sizes(items, order, prompts, prompt_order)
-        capacity = _capacity(sizes, row_multiple, row_length, max_length)
+        capacity = _capacity(sizes, row_multiple, row_length)
         needs = [rows_and_targets(sizes.of(step), capacity) for step in range(steps)]
         first_epoch = max(1, len(items) // batch_size)
         return TrainPipeline(
@@ -259,14 +258,14 @@ def _order(items: int, batch_size: int, steps: int, seed: int) -> np.ndarray:
     return numbers.reshape(steps, batch_size)
 
 
-def _capacity(sizes: _Sizes, row_multiple: int, row_length: int | None, max_length: int | None) -> Capacity:
+def _capacity(sizes: _Sizes, row_multiple: int, row_length: int | None) -> Capacity:
     if row_length is not None and row_length < sizes.longest:
         raise InputError(
             f"a row of {row_length} tokens cannot hold a sample of {sizes.longest}",
             where="row_length",
             expected=f"{sizes.longest} or more",
         )
-    candidates = row_length_candidates(sizes.longest, max_length) if row_length is None else [row_length]
+    candidates = row_length_candidates(sizes.longest) if row_length is None else [row_length]
     total = len(sizes.order)
     probes = min(total, max(4, _PROBED_SAMPLES // sizes.order.shape[1]))
     probed = np.unique(np.linspace(0, total - 1, probes).astype(int))

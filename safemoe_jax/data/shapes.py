@@ -126,11 +126,10 @@ def _capacities(steps: Sequence[Lengths], length: int) -> list[Capacity]:
     ]
 
 
-def row_length_candidates(longest: int, limit: int | None = None) -> list[int]:
-    """Multiples of 64 from the longest item to twice that (at least 256), none above the limit."""
+def row_length_candidates(longest: int) -> list[int]:
+    """Multiples of 64 from the longest item to twice that (at least 256)."""
     first = round_up(longest, ROW_MULTIPLE_OF_TOKENS)
-    last = max(2 * first, 256) if limit is None else min(max(2 * first, 256), limit)
-    return list(range(first, last + 1, ROW_MULTIPLE_OF_TOKENS)) or [max(longest, last)]
+    return list(range(first, max(2 * first, 256) + 1, ROW_MULTIPLE_OF_TOKENS))
 
 
 def plan_shapes(

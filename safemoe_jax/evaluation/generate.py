@@ -55,6 +55,11 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt, greedily or by sampling.
 
+    An answer does not depend on the prompts beside it, but for rounding, and but for one rotary embedding:
+    longrope with unequal multipliers (no published checkpoint has them) follows the longest row of a batch,
+    as in transformers. Where a batch passes the original context while decoding, what the cache holds stays
+    as it is; transformers computes it anew with the long multiplier, so answers differ from there on.
+
     Args:
         model: config, params and compute are used; the tokenizer only where ``stop_tokens`` is None.
         prompts: int32 token ids, generation prompt included.

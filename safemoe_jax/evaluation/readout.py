@@ -23,7 +23,7 @@ from safemoe_jax.evaluation.batches import batch_prompts
 from safemoe_jax.model import Model
 from safemoe_jax.models.config import Compute, ModelConfig
 from safemoe_jax.models.params import Weights
-from safemoe_jax.models.transformer import hidden_states, routing_pass, unembed
+from safemoe_jax.models.transformer import chosen_experts, hidden_states, routing_pass, unembed
 from safemoe_jax.parallel.mesh import BATCH_AXES, mesh_axis_sizes, named_sharding
 from safemoe_jax.routing import at_last_token, drift, token_divergence, top_k_overlap
 
@@ -93,8 +93,16 @@ def extract_reference(
     )
 
 
-def compare_routing(student_LSE: np.ndarray, reference_LSE: np.ndarray, *, top_k: int) -> dict[str, object]:
+def compare_routing(
+    student_LSE: np.ndarray, reference_LSE: np.ndarray, student: Model, reference: Model | None = None
+) -> dict[str, object]:
     """Drift and top-k overlap of two read-outs of the same prompts, as numbers ready for JSON.
+
+    Args:
+        student_LSE, reference_LSE: router logits at the last token of each prompt.
+        student: the model of the first, by whose rule and correction biases its experts are chosen.
+        reference: that of the second; None where only its logits are known (a reference file): then the
+            student's corrections count for both, which fine-tuning does not change.
 
     Returns:
         ``drift`` and ``overlap`` (means over layers and prompts; nats, and Jaccard index in [0, 1]), both
@@ -106,7 +114,11 @@ def compare_routing(student_LSE: np.ndarray, reference_LSE: np.ndarray, *, top_k
     """
     # A divergence that is zero may come out as -1e-9 in float32.
     by_layer_L = np.maximum(np.asarray(drift(student_LSE, reference_LSE), np.float64), 0)
-    overlap_L = np.asarray(top_k_overlap(student_LSE, reference_LSE, top_k=top_k), np.float64)
+    here, there = (
+        chosen_experts(model.config, Weights.of(model.params), logits_LSE)
+        for model, logits_LSE in ((student, student_LSE), (reference or student, reference_LSE))
+    )
+    overlap_L = np.asarray(top_k_overlap(here, there), np.float64)
     per_prompt_S = np.asarray(token_divergence(student_LSE, reference_LSE), np.float64).mean(axis=0)
     n = len(per_prompt_S)
     half = 1.96 * per_prompt_S.std(ddof=1) / np.sqrt(n) if n > 1 else 0.0

@@ -155,7 +155,7 @@ def routing_results(model: Model, aligned: Model, suites: Suites, *, progress: b
                 )
                 for m in (model, aligned)
             )
-            routing[name] = compare_routing(here, there, top_k=model.config.top_k)
+            routing[name] = compare_routing(here, there, model, aligned)
     top = {key: value for key, value in routing.get("harmful", {}).items() if key != "n"}
     return top | {"moe_layers": list(model.config.moe_layers), "routing": routing}
 

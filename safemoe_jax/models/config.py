@@ -21,11 +21,13 @@ class LoraConfig:
         alpha: the update is scaled by alpha / rank.
         targets: projections that get an adapter, by the last part of their name (`models.lora.TARGETS`):
             q_proj, v_proj, ..., down_proj, gate (the router, only when named), mlp.experts.gate_up_proj, ...
+            null is q_proj and v_proj; with latent attention, which has no v_proj, all projections that make
+            queries, keys and values: q_proj (or q_a_proj, q_b_proj), kv_a_proj_with_mqa and kv_b_proj.
     """
 
     rank: int = 8
     alpha: float = 8.0
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    targets: tuple[str, ...] | None = None
 
     @property
     def scale(self) -> float:

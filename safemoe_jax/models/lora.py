@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.config import LoraConfig, ModelConfig
-from safemoe_jax.models.params import Params, count, initialise, is_adapter
+from safemoe_jax.models.params import Params, count, initialise, is_adapter, is_correction
 from safemoe_jax.models.transformer import declare
 
 EXPERT_TARGETS = {"mlp.experts.gate_up_proj": "gate_up", "mlp.experts.down_proj": "down"}
@@ -47,15 +47,33 @@ def _declares_adapter(config: ModelConfig, target: str) -> bool:
     return any(map(is_adapter, declare(replace(config, lora=LoraConfig(rank=1, targets=(target,))))))
 
 
+def default_targets(config: ModelConfig) -> tuple[str, ...]:
+    """The targets of a run that names none.
+
+    Queries and values, PEFT's own choice for the families that it has one for. Latent attention makes its
+    values by a down projection that keys share and an up projection that keys share: both, and the queries'.
+    PEFT has no choice for it.
+    """
+    if config.mla is None:
+        return ("q_proj", "v_proj")
+    queries = ("q_proj",) if config.mla.q_rank is None else ("q_a_proj", "q_b_proj")
+    return (*queries, "kv_a_proj_with_mqa", "kv_b_proj")
+
+
+def with_targets(config: ModelConfig, lora: LoraConfig) -> LoraConfig:
+    """The adapters with their targets named: the network's defaults where there are none."""
+    return lora if lora.targets is not None else replace(lora, targets=default_targets(config))
+
+
 def with_adapters(config: ModelConfig, lora: LoraConfig) -> ModelConfig:
-    """The config of the network with adapters.
+    """The config of the network with adapters, on `default_targets` where no targets are given.
 
     Raises:
         InputError: a target matches no projection, no target is named, or the rank is below 1.
     """
     if lora.rank < 1:
         raise InputError(f"LoRA rank {lora.rank}", where="lora.rank", expected="a rank of at least 1")
-    known = lora_targets(replace(config, lora=None))
+    lora, known = with_targets(config, lora), lora_targets(replace(config, lora=None))
     unknown = [target for target in lora.targets if target not in known]
     if unknown or not lora.targets:
         what = f"LoRA target {unknown[0]!r} matches no projection" if unknown else "no LoRA target is named"
@@ -105,7 +123,9 @@ def describe(config: ModelConfig) -> str:
     specs = declare(config)
     total = count({name: spec for name, spec in specs.items() if not is_adapter(name)})
     if config.lora is None:
-        return f"full fine-tuning: all {total:,} parameters train"
+        fixed = count({name: spec for name, spec in specs.items() if is_correction(name)})
+        kept = f"; the routers' {fixed:,} correction biases stay" if fixed else ""
+        return f"full fine-tuning: all {total - fixed:,} parameters train{kept}"
     adapters = {name: spec for name, spec in specs.items() if is_adapter(name)}
     trained = count(adapters)
     places = sum(spec.shape[0] for name, spec in adapters.items() if name.endswith("lora_a"))

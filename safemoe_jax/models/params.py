@@ -68,6 +68,22 @@ def is_adapter(name: str) -> bool:
     return name.endswith(("lora_a", "lora_b"))
 
 
+def is_correction(name: str) -> bool:
+    """Whether a parameter is a router's correction bias.
+
+    It steers choices only and has no gradient. Its makers set it from the load while pretraining, in float32;
+    for transformers it is no trainable parameter, and stays float32 in a model of another dtype.
+    """
+    return name.endswith("router.correction_bias")
+
+
+def cast(params: Params, dtype: jnp.dtype | str) -> Params:
+    """The parameters in another dtype, but for those that are float32 in every model."""
+    return {
+        name: value.astype(jnp.float32 if is_correction(name) else dtype) for name, value in params.items()
+    }
+
+
 def flat_state(module: nnx.Module) -> dict[str, nnx.Variable]:
     """Dotted name -> variable of every parameter of a module."""
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(module))}
@@ -125,11 +141,12 @@ def _draw(key: jax.Array, *, spec: ParamSpec, dtype: jnp.dtype, stddev: float) -
 
 def split_trainable(config: ModelConfig, params: Params) -> Weights:
     """Splits parameters into frozen and trainable: with adapters only those train, without them everything
-    does.
+    but the routers' correction biases does.
 
     Trainable parameters become float32 (optimizer updates are far below bfloat16's resolution).
     """
-    chosen = {name for name in params if config.lora is None or is_adapter(name)}
+    trains = is_adapter if config.lora is not None else lambda name: not is_correction(name)
+    chosen = {name for name in params if trains(name)}
     trainable = {name: params[name].astype(jnp.float32) for name in params if name in chosen}
     return Weights({name: value for name, value in params.items() if name not in chosen}, trainable)
 

@@ -28,8 +28,10 @@ def rotary_tables(
         config: frequencies and scaling.
         head_dim: H; all of it is rotated unless config.dim says otherwise.
         positions_BT: int32 positions.
-        length: int32 scalar, the longest sequence of the batch, which longrope depends on; by default the
-            largest position plus one.
+        length: int32 scalar, the longest sequence of the batch, padding not counted; by default the largest
+            position plus one. Longrope with unequal multipliers takes the long one for all rows once the
+            longest is past the original context, as transformers does: there a row's values depend on the
+            rows beside it.
 
     Returns:
         cos and sin, float32 [B, T, P].

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from safemoe_jax.errors import InputError
 from safemoe_jax.models.attention import Row
 from safemoe_jax.models.config import Compute, ModelConfig
 from safemoe_jax.models.kv_cache import Cache, empty_cache
 from safemoe_jax.models.layer import Layer
 from safemoe_jax.models.norms import model_norm
-from safemoe_jax.models.params import ParamSpec, Weights, bind, flat_state
+from safemoe_jax.models.params import Params, ParamSpec, Weights, bind, flat_state
 from safemoe_jax.models.rope import Tables, rotary_tables
+from safemoe_jax.models.router import choose_experts
 from safemoe_jax.models.segments import ACTIVATION_AXES, forced_of, layer_at, place_of, run_segment
 from safemoe_jax.parallel.mesh import constrain
 from safemoe_jax.routing.override import RoutingOverride
@@ -158,6 +160,40 @@ def routing_pass(
         x_BTD, logits_BTE = layer.feed_forward(x_BTD, row, None, first_group, compute)
         router_logits.append(None if logits_BTE is None else logits_BTE[None])
     return _stack(router_logits, config, tokens_BT)
+
+
+def chosen_experts(config: ModelConfig, weights: Weights, router_logits_LXE: jax.Array) -> jax.Array:
+    """The experts that the network gives tokens with these router logits, int32 [L, X, K], best first.
+
+    Each MoE layer chooses by its own rule, with its own correction bias where the family has one.
+
+    Args:
+        router_logits_LXE: raw router logits of every MoE layer, in order.
+
+    Raises:
+        InputError: logits of other layers or experts than the network's.
+    """
+    layers, n_experts = router_logits_LXE.shape[0], router_logits_LXE.shape[-1]
+    if (layers, n_experts) != (config.n_moe_layers, config.n_experts):
+        raise InputError(
+            f"router logits of {layers} layers and {n_experts} experts",
+            where="router_logits",
+            expected=f"{config.n_moe_layers} MoE layers and {config.n_experts} experts",
+        )
+    correction = _corrections(config, weights.merged())
+    if correction is not None:
+        correction = correction.reshape(layers, *(1,) * (router_logits_LXE.ndim - 2), n_experts)
+    return choose_experts(jnp.asarray(router_logits_LXE, jnp.float32), config, correction)[1]
+
+
+def _corrections(config: ModelConfig, params: Params) -> jax.Array | None:
+    """The correction bias of every MoE layer, [L, E], or None where the routers have none."""
+    if not config.routing.correction_bias:
+        return None
+    places = (place_of(config, layer) for layer in config.moe_layers)
+    return jnp.stack(
+        [params[f"segments.{s}.{p}.moe.router.correction_bias"][repeat] for s, repeat, p in places]
+    )
 
 
 def prefill(

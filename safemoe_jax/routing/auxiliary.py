@@ -17,7 +17,9 @@ def load_balancing_loss(router_logits: jax.Array, token_mask: jax.Array, *, top_
     f_e is the mean number of times that a token's top-k choice names expert e, p_e its mean probability,
     both over the tokens of all layers together, as in transformers' ``load_balancing_loss_func`` (Switch
     Transformer, arXiv 2101.03961, equations 4-6, extended to top-k). The gradient flows through p_e only.
-    It is one formula for all families, also where the router itself takes no softmax over all experts.
+    It is one formula for all families, as there: softmax and top-k of the raw logits, also where the network
+    chooses by another rule (a correction bias, groups of experts). The load that this evens out is then not
+    the network's own.
 
     Args:
         router_logits: raw router logits ``[L, B, T, E]``, any float dtype.

@@ -26,42 +26,32 @@ def drift(
 
 
 def top_k_overlap(
-    student_logits: jax.Array,
-    reference_logits: jax.Array,
-    *,
-    top_k: int,
-    token_mask: jax.Array | None = None,
+    student_experts: jax.Array, reference_experts: jax.Array, *, token_mask: jax.Array | None = None
 ) -> jax.Array:
-    """Mean Jaccard index of the two sets of ``top_k`` experts of each layer: ``[L]`` float32 in [0, 1].
+    """Mean Jaccard index of the two sets of chosen experts of each layer: ``[L]`` float32 in [0, 1].
 
-    1 means that the same experts are chosen everywhere, 0 that none is shared; shapes as in :func:`drift`.
-    Two models can choose the same experts with other weights (overlap 1, drift above 0). An all-zero mask
-    gives 0.
+    1 means that the same experts are chosen everywhere, 0 that none is shared. Two models can choose the same
+    experts with other weights (overlap 1, drift above 0). What a network chooses is its own rule's business
+    (correction biases, groups of experts): ``models.transformer.chosen_experts`` says it of router logits.
+
+    Args:
+        student_experts: indices of the experts chosen, int ``[L, B, k]`` or ``[L, B, T, k]``, in any order,
+            none of them twice.
+        reference_experts: the same of the other model.
+        token_mask: ``[B]`` or ``[B, T]``, as in :func:`drift`; an all-zero mask gives 0.
 
     Raises:
-        InputError: ``top_k`` outside 1 .. E, or unequal shapes.
+        InputError: unequal shapes.
     """
-    n_experts = student_logits.shape[-1]
-    if not 1 <= top_k <= n_experts:
+    student, reference = jnp.asarray(student_experts), jnp.asarray(reference_experts)
+    if student.shape != reference.shape:
         raise InputError(
-            f"top_k is {top_k}", where="top_k", expected=f"1 .. {n_experts}, the number of experts"
+            f"experts chosen {student.shape} against {reference.shape}",
+            where="reference_experts",
+            expected="the same layers, prompts and number of experts in both",
         )
-    if student_logits.shape != reference_logits.shape:
-        raise InputError(
-            f"student logits {student_logits.shape} against reference logits {reference_logits.shape}",
-            where="reference_logits",
-            expected="the same layers, prompts and experts in both",
-        )
-    chosen_here = _chosen(student_logits, top_k)
-    chosen_there = _chosen(reference_logits, top_k)
-    shared = jnp.sum(chosen_here * chosen_there, axis=-1)
-    jaccard = shared / (2 * top_k - shared)
+    shared = jnp.sum(student[..., :, None] == reference[..., None, :], axis=(-2, -1))
+    jaccard = shared / (2 * student.shape[-1] - shared)
     weights = jnp.ones(jaccard.shape[1:]) if token_mask is None else jnp.asarray(token_mask, jnp.float32)
     total = jnp.sum(weights)
     return jnp.sum(jaccard * weights, axis=tuple(range(1, jaccard.ndim))) / jnp.where(total > 0, total, 1.0)
-
-
-def _chosen(logits: jax.Array, top_k: int) -> jax.Array:
-    """1.0 at the experts a router with these logits chooses, else 0.0 (ties go to the lower index)."""
-    _, index = jax.lax.top_k(logits.astype(jnp.float32), top_k)
-    return jnp.sum(jax.nn.one_hot(index, logits.shape[-1]), axis=-2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+import typing
+from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
 from safemoe_jax.data.sources import SourceConfig
@@ -138,8 +139,35 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def identity(resolved: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved configuration (`to_dict`) that decides the trained parameters."""
-    return {name: value for name, value in resolved.items() if name not in _NOT_IDENTITY}
+    """The part of a resolved configuration (`to_dict`) that decides the trained parameters.
+
+    A field that is missing has its default: the file may be older than the field, and a new field's default
+    is what was computed before there was one.
+    """
+    filled = _filled(resolved, TrainConfig)
+    return {name: value for name, value in filled.items() if name not in _NOT_IDENTITY}
+
+
+def _filled(value: Any, hint: Any) -> Any:
+    """Plain values of a dataclass (or of a list of them, or None) with the defaults of missing fields."""
+    arms = [arm for arm in typing.get_args(hint) if arm is not type(None)]
+    if isinstance(value, list) and len(arms) == 1:
+        return [_filled(item, arms[0]) for item in value]
+    kind = next((kind for kind in (hint, *arms) if dataclasses.is_dataclass(kind)), None)
+    if kind is None or not isinstance(value, dict):
+        return value
+    hints = typing.get_type_hints(kind)
+    given = {name: _filled(item, hints.get(name)) for name, item in value.items()}
+    return {f.name: _default(f) for f in dataclasses.fields(kind) if f.name not in given and _has(f)} | given
+
+
+def _has(declared: dataclasses.Field) -> bool:
+    return declared.default is not MISSING or declared.default_factory is not MISSING
+
+
+def _default(declared: dataclasses.Field) -> Any:
+    value = declared.default if declared.default is not MISSING else declared.default_factory()
+    return _plain(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value)
 
 
 def validate(config: TrainConfig) -> None:

@@ -88,6 +88,6 @@ def update(
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay acts on a parameter: not on norm scales and biases, as in Hugging Face's
-    Trainer."""
-    return not name.endswith((".scale", ".bias"))
+    """Whether weight decay acts on a parameter: not on norm scales and on biases (the experts' included), as
+    in Hugging Face's Trainer."""
+    return not name.endswith(("scale", "bias"))

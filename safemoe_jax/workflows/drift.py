@@ -94,7 +94,7 @@ def _against_reference(model: Model, config: DriftConfig) -> dict[str, Any]:
         chosen = np.flatnonzero(reference.group == number)
         if chosen.size:
             there_LSE = reference.router_logits[:, chosen]
-            sets[name] = compare_routing(here_LSE[:, chosen], there_LSE, top_k=model.config.top_k)
+            sets[name] = compare_routing(here_LSE[:, chosen], there_LSE, model)
     return sets
 
 
@@ -114,7 +114,7 @@ def _against_model(model: Model, config: DriftConfig) -> dict[str, Any]:
                 read_routing(m, prompts, batch_size=config.batch_size, progress=f"routing, {name}")
                 for m in (model, other)
             )
-            sets[name] = compare_routing(here, there, top_k=model.config.top_k)
+            sets[name] = compare_routing(here, there, model, other)
     return sets
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safemoe_jax.checkpoints.hub import DESCRIPTION_FILES, find_checkpoint
+from safemoe_jax.checkpoints.hub import find_description
 from safemoe_jax.checkpoints.huggingface import INDEX, list_checkpoint, read_config, read_json
 from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation.records import write_json
@@ -57,7 +57,7 @@ def inspect(config: InspectConfig) -> str:
     """
     if config.output is not None and Path(config.output).exists():
         raise InputError("the output is already there", where=config.output, expected="a new file name")
-    folder = find_checkpoint(config.model, DESCRIPTION_FILES)
+    folder = find_description(config.model)
     facts = {"model": config.model, **describe_folder(folder)}
     if config.output is not None:
         write_json(config.output, facts)

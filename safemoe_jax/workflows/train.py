@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from safemoe_jax import defenses
-from safemoe_jax.checkpoints.huggingface import find_folder, read_config
+from safemoe_jax.checkpoints.hub import find_description, find_folder
+from safemoe_jax.checkpoints.huggingface import read_config
 from safemoe_jax.checkpoints.reference import Reference, check_matches, fingerprint, read_reference
 from safemoe_jax.checkpoints.train_state import TrainCheckpoints
 from safemoe_jax.data.chat import Encoded, encode_samples
@@ -27,8 +27,8 @@ from safemoe_jax.data.pipeline import TrainPipeline
 from safemoe_jax.data.sources import read_source
 from safemoe_jax.model import Model, load_pretrained
 from safemoe_jax.models.config import Compute, check_mesh
-from safemoe_jax.models.lora import add_adapters, describe
-from safemoe_jax.models.params import Params, initialise, shardings, split_trainable
+from safemoe_jax.models.lora import add_adapters, describe, with_targets
+from safemoe_jax.models.params import Params, cast, initialise, shardings, split_trainable
 from safemoe_jax.models.transformer import declare
 from safemoe_jax.parallel.mesh import BATCH_AXES, make_mesh, mesh_axis_sizes
 from safemoe_jax.training.config import TrainConfig, to_dict, validate
@@ -89,7 +89,7 @@ def finetune(config: TrainConfig, *, model: Model | None = None, on_step: Sequen
     plan, base, report = plan_run(config, model)
     counts = f"{report['samples']} samples, {report['truncated']} truncated, {report['dropped']} left out"
     say(config, f"{describe(plan.model_config)}; {counts}")
-    folder = open_folder(config, {"data": plan.pipeline.fingerprint, "data_report": report})
+    folder = open_folder(plan.config, {"data": plan.pipeline.fingerprint, "data_report": report})
     release = (lambda: None) if model is not None else (lambda: _delete(plan.weights.trainable))
     return _run(plan, base, folder, report, on_step, release)
 
@@ -108,12 +108,21 @@ def plan_run(config: TrainConfig, model: Model | None = None) -> tuple[Plan, Mod
     """
     validate(config)
     defenses.check_name(config.defence)
+    config = _with_targets(config, model)
     check_folder(config)
     mesh = make_mesh(config.mesh)
     base = _base_model(config, model, mesh)
     check_mesh(base.config, mesh)
     plan, report = _plan(config, base, mesh, _references(config, base))
     return plan, base, report
+
+
+def _with_targets(config: TrainConfig, model: Model | None) -> TrainConfig:
+    """The configuration with the adapters' targets named, so that the run folder says which they were."""
+    if config.lora is None or config.lora.targets is not None:
+        return config
+    network = model.config if model is not None else read_config(find_description(config.model))[0]
+    return dataclasses.replace(config, lora=with_targets(network, config.lora))
 
 
 def say(config: TrainConfig, text: str) -> None:
@@ -186,9 +195,7 @@ def _base_model(config: TrainConfig, model: Model | None, mesh: Mesh) -> Model:
         if model.config.lora is not None:
             model = model.merged()
         placed = shardings(declare(model.config), mesh)
-        params = {
-            name: jax.device_put(v.astype(jnp.dtype(dtype)), placed[name]) for name, v in model.params.items()
-        }
+        params = {name: jax.device_put(v, placed[name]) for name, v in cast(model.params, dtype).items()}
         return dataclasses.replace(model, params=params, compute=compute)
     if config.initialise == "random":
         folder = find_folder(config.model)
@@ -320,7 +327,7 @@ def _save(model: Model, config: TrainConfig, folder: Path) -> str:
     if model.config.lora is not None:
         name, save = "adapter", model.save_adapter
     else:
-        params = {key: value.astype(jnp.dtype(config.dtype)) for key, value in model.params.items()}
+        params = cast(model.params, config.dtype)
         name, save = "model", dataclasses.replace(model, params=params).save_pretrained
     if not (folder / name).exists():
         save(folder / name)

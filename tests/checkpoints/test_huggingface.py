@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig
 
 from safemoe_jax.checkpoints.huggingface import list_checkpoint, load_params, read_config
 from safemoe_jax.errors import InputError
@@ -26,6 +27,7 @@ from tests.tiny_tokenizer import train_tokenizer
 
 VARIANTS = ("mha", "gqa_clip", "tied_bias", "fused", "sharded")
 EXPERT = "model.layers.1.mlp.experts.4.up_proj.weight"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -139,6 +141,28 @@ def test_a_model_made_here_loads_again(tmp_path):
     assert again.tokenizer.chat_template == model.tokenizer.chat_template
     for name, value in params.items():
         np.testing.assert_array_equal(again.params[name], value)
+
+
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_a_model_made_here_has_its_own_special_tokens_or_none(tmp_path, tokenizer, caplog):
+    """An absent field would be the family's default: OLMoE's end token is 50279."""
+    config = ModelConfig(
+        family="olmoe", vocab_size=300, d_model=8, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=4,
+        norm_eps=1e-5, n_experts=3, top_k=2, expert_dim=4, qk_norm="full",
+    )  # fmt: skip
+    model = Model(config, initialise(declare(config), jax.random.key(0)))
+    if tokenizer:
+        train_tokenizer(["some text", "more text"], tmp_path / "tokenizer", vocab_size=300)
+        model.path = tmp_path / "tokenizer"
+    model.save_pretrained(tmp_path / "saved")
+    want = {name: getattr(model.tokenizer, name) if tokenizer else None for name in SPECIAL_IDS}
+    assert not tokenizer or want["eos_token_id"] is not None
+    fields = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert {name: fields[name] for name in SPECIAL_IDS} == want
+    with caplog.at_level("WARNING", logger="transformers"):
+        theirs = AutoConfig.from_pretrained(tmp_path / "saved")
+    assert {name: getattr(theirs, name) for name in SPECIAL_IDS} == want
+    assert "token_id" not in caplog.text
 
 
 def test_tokenizer_is_read_on_first_use(mha):

@@ -96,8 +96,7 @@ def test_row_length_weighs_waste_against_attention() -> None:
     # Rows of 512 that are full already: nothing is to be gained by longer ones.
     full = [([512] * 8, [4] * 8)]
     assert planner.choose_capacity(full, 1, planner.row_length_candidates(512)).tokens == 512
-    assert planner.row_length_candidates(500, limit=512) == [512]
-    assert planner.row_length_candidates(500, limit=500) == [500]
+    assert planner.row_length_candidates(500) == list(range(512, 1025, 64))
 
 
 def test_targets_are_spread_where_one_row_would_set_their_number_for_all() -> None:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from safemoe_jax.evaluation.readout import (
     read_routing_and_next_token,
 )
 from safemoe_jax.models import RoutingOverride, Weights, forward
+from safemoe_jax.models.config import RoutingConfig
 from tests.evaluation.small_models import CONFIG, random_prompts, small_model
 
 LENGTHS = (3, 20, 7, 1, 12)
@@ -154,17 +156,35 @@ def test_read_out_is_the_last_position_of_a_whole_pass():
 
 def test_comparison_of_read_outs():
     rng = np.random.default_rng(0)
-    student, reference = rng.normal(size=(2, 3, 7, 4))
+    student, reference = rng.normal(size=(2, CONFIG.n_layers, 7, 4))
     p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (reference, student))
     kl_LS = (p * np.log(p / q)).sum(-1)
-    found = compare_routing(student, reference, top_k=2)
+    found = compare_routing(student, reference, small_model())
     np.testing.assert_allclose(found["drift_by_layer"], kl_LS.mean(1), rtol=1e-4)
     np.testing.assert_allclose(found["drift"], kl_LS.mean(), rtol=1e-4)
     half = 1.96 * kl_LS.mean(0).std(ddof=1) / np.sqrt(7)
     np.testing.assert_allclose(np.diff(found["drift_interval"])[0], 2 * half, rtol=1e-3)
     assert found["n"] == 7
-    same = compare_routing(student, student, top_k=2)
+    same = compare_routing(student, student, small_model())
     assert same["drift"] < 1e-6 and same["overlap"] == 1.0
+
+
+def test_overlap_is_of_the_experts_that_each_network_chooses_itself():
+    """Raw logits name experts 0 and 1, corrections and groups others; a second model has its own."""
+    routing = RoutingConfig("sigmoid", correction_bias=True, groups=2, top_groups=1, group_score="max")
+    model = small_model(config=replace(CONFIG, routing=routing))
+    name = "segments.0.0.moe.router.correction_bias"
+    model.params[name] = jnp.asarray([[0.0, 0, 2, 0], [0, 0, 0, 0]])
+    here = np.asarray([[[3.0, 2, 1, 0]], [[3, -1, 2, -1]]])
+    # Layer 0: the correction puts expert 2's group first; layer 1: the group of expert 0, with expert 1.
+    there = np.asarray([[[1.0, 0, 3, 2]], [[2, 3, 0, 0]]])
+    found = compare_routing(here, there, model)
+    assert found["overlap_by_layer"] == [1.0, 1.0]
+    other = small_model(config=model.config)
+    other.params[name] = jnp.asarray([[2.0, 0, 0, 0], [0, 0, 2, 0]])
+    assert compare_routing(here, there, model, other)["overlap_by_layer"] == [0.0, 0.0]
+    with pytest.raises(InputError, match="router logits of 1 layers"):
+        compare_routing(here[:1], there[:1], model)
 
 
 def test_a_mesh_gives_the_same_answers(repository):

@@ -193,7 +193,26 @@ def test_targets_are_those_of_the_declared_projections(config, expected):
     assert with_adapters(config, LoraConfig(targets=expected)).lora.targets == expected
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (CONFIG, ("q_proj", "v_proj")),
+        (replace(CONFIG, mla=MLA), ("q_a_proj", "q_b_proj", *LATENT)),
+        (replace(CONFIG, mla=replace(MLA, q_rank=None)), ("q_proj", *LATENT)),
+    ],
+    ids=["grouped", "latent", "latent, full q"],
+)
+def test_unnamed_targets_are_the_attentions_own(config, expected):
+    adapted = with_adapters(config, LoraConfig(rank=2))
+    assert adapted.lora == LoraConfig(rank=2, targets=expected)
+    assert f"on {', '.join(expected)}: " in describe(adapted)
+    with pytest.raises(InputError, match="no LoRA target is named"):
+        with_adapters(config, LoraConfig(targets=()))
+
+
 def test_a_target_of_other_models_is_refused():
+    with pytest.raises(InputError, match="v_proj"):
+        with_adapters(replace(CONFIG, mla=MLA), LoraConfig(targets=("q_b_proj", "v_proj")))
     with pytest.raises(InputError, match="kv_b_proj"):
         with_adapters(CONFIG, LoraConfig(targets=("kv_b_proj",)))
 

@@ -185,7 +185,7 @@ def test_merged_adapters_give_the_logits_of_the_adapters(params, kernel):
 def test_lora_gradient_holds_no_copy_of_the_frozen_weights():
     """Temporary memory of the compiled gradient stays far below the bytes of the frozen stacks."""
     config = replace(CONFIG, n_layers=6, layers=(), d_model=128, head_dim=32, n_experts=16, expert_dim=512)
-    config = replace(config, lora=LoraConfig())
+    config = replace(config, lora=LoraConfig(targets=("q_proj", "v_proj")))
     shapes = {n: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for n, spec in declare(config).items()}
     trainable = {n: s for n, s in shapes.items() if "lora" in n}
     frozen = {n: s for n, s in shapes.items() if "lora" not in n}

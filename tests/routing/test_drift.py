@@ -20,28 +20,31 @@ def test_drift_of_two_experts_is_the_binary_divergence():
     np.testing.assert_allclose(jax.jit(drift)(as_logits(q), as_logits(p)), want, rtol=1e-5, atol=1e-7)
 
 
+def chosen(logits, top_k):
+    return np.argsort(-logits, axis=-1)[..., :top_k]
+
+
 def test_overlap_is_the_jaccard_index_of_the_chosen_sets():
-    student, reference = router_logits(0, (3, 4, 5, 8)), router_logits(1, (3, 4, 5, 8))
+    student, reference = (chosen(router_logits(seed, (3, 4, 5, 8)), 3) for seed in (0, 1))
     mask = np.random.default_rng(2).random((4, 5)) < 0.6
     want = np.zeros(3)
     for layer in range(3):
         scores = []
         for row, column in zip(*np.nonzero(mask), strict=True):
-            here = set(np.argsort(-student[layer, row, column])[:3])
-            there = set(np.argsort(-reference[layer, row, column])[:3])
+            here, there = set(student[layer, row, column]), set(reference[layer, row, column])
             scores.append(len(here & there) / len(here | there))
         want[layer] = np.mean(scores)
-    np.testing.assert_allclose(top_k_overlap(student, reference, top_k=3, token_mask=mask), want, rtol=1e-6)
+    np.testing.assert_allclose(top_k_overlap(student, reference, token_mask=mask), want, rtol=1e-6)
+    np.testing.assert_array_equal(top_k_overlap(student, reference, token_mask=np.zeros((4, 5))), 0)
 
 
 def test_overlap_extremes():
     logits = router_logits(0, (2, 3, 6))
-    np.testing.assert_allclose(top_k_overlap(logits, logits, top_k=3), 1.0)
-    np.testing.assert_allclose(top_k_overlap(logits, -logits, top_k=3), 0.0)
-    np.testing.assert_allclose(top_k_overlap(logits, -logits, top_k=6), 1.0)
-    for top_k in (0, 7):
-        with pytest.raises(InputError, match="top_k"):
-            top_k_overlap(logits, logits, top_k=top_k)
+    here = chosen(logits, 3)
+    np.testing.assert_allclose(top_k_overlap(here, here[..., ::-1]), 1.0)
+    np.testing.assert_allclose(top_k_overlap(here, chosen(-logits, 3)), 0.0)
+    with pytest.raises(InputError, match="experts chosen"):
+        top_k_overlap(here, here[..., :2])
 
 
 def test_override_places():

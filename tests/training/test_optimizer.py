@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from safemoe_jax.training.config import OptimizerConfig
-from safemoe_jax.training.optimizer import hyper, init_moments, learning_rate, update
+from safemoe_jax.training.optimizer import decays, hyper, init_moments, learning_rate, update
 
 PARAMS = {"a.kernel": jnp.asarray([[0.5, -1.0], [2.0, 0.25]]), "a.norm.scale": jnp.asarray([1.0, 2.0])}
 
@@ -57,6 +57,23 @@ def test_first_step_by_hand():
     expected = PARAMS["a.kernel"] * (1 - 0.1 * 0.01) - 0.1 * jnp.asarray([[1.0, -1.0], [0.0, 0.0]])
     np.testing.assert_allclose(moved["a.kernel"], expected, rtol=1e-4)
     np.testing.assert_allclose(moved["a.norm.scale"], [0.9, 2.0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("decayed", "names"),
+    [
+        (
+            False,
+            "final_norm.scale attention.q_norm.scale attention.kv_a_norm.scale input_norm.bias lm_head.bias",
+        ),
+        (False, "attention.q_proj.bias moe.router.bias moe.experts.gate_bias moe.experts.down_bias"),
+        (True, "embed.embedding lm_head.kernel attention.sinks moe.experts.gate moe.router.kernel"),
+        (True, "attention.q_proj.lora_a moe.experts.gate_up_lora_b"),
+    ],
+)
+def test_norms_and_biases_have_no_decay(decayed, names):
+    """As Trainer: every parameter decays whose name has neither bias nor a norm in it."""
+    assert {decays(f"segments.0.0.{name}") for name in names.split()} == {decayed}
 
 
 def test_clipping_scales_only_long_gradients():

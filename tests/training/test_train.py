@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,17 +17,21 @@ from jax import monitoring
 
 from safemoe_jax import defenses
 from safemoe_jax.checkpoints import train_state
+from safemoe_jax.checkpoints.huggingface import save_folder
 from safemoe_jax.configuration import parse
 from safemoe_jax.data.sources import SourceConfig
 from safemoe_jax.errors import InputError
+from safemoe_jax.families import family_of
 from safemoe_jax.model import load_pretrained
 from safemoe_jax.models.config import LoraConfig
-from safemoe_jax.models.params import Weights
+from safemoe_jax.models.params import Weights, initialise
+from safemoe_jax.models.transformer import declare
 from safemoe_jax.parallel.mesh import MeshConfig
 from safemoe_jax.training.config import DefenceConfig, OptimizerConfig, TrainConfig, to_dict
 from safemoe_jax.training.hooks import Defence, GradientHook, LossHook
 from safemoe_jax.training.metrics import truncate_rows
-from safemoe_jax.workflows.train import epoch_ends, finetune
+from safemoe_jax.training.run_folder import check_folder
+from safemoe_jax.workflows.train import epoch_ends, finetune, plan_run
 from tests.training.tiny import World
 
 
@@ -80,7 +85,8 @@ def test_the_run_folder_holds_what_the_design_promises(defended):
     assert json.loads((folder / "environment.json").read_text())["versions"]["jax"] == jax.__version__
     assert json.loads((folder / "results.json").read_text())["training"]["task_steps"] == 13
     parsed, _ = parse(TrainConfig, ["--config", str(folder / "config.yaml")], program="safemoe train")
-    assert to_dict(parsed) == to_dict(config)
+    named = dataclasses.replace(config.lora, targets=("q_proj", "v_proj"))
+    assert config.lora.targets is None and parsed == dataclasses.replace(config, lora=named)
 
 
 def test_passes_come_at_the_ends_of_epochs_and_the_last_has_rate_0(defended):
@@ -142,6 +148,35 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(defended):
     assert {path: path.stat().st_mtime_ns for path in result.run_dir.rglob("*")} == before
 
 
+def test_a_folder_that_is_older_than_a_setting_is_continued_at_its_default(world, defended):
+    """Settings of every depth are missing from config.yaml; another value than the default is another run."""
+    config, result, _, _ = defended
+    file = result.run_dir / "config.yaml"
+    before = file.read_text()
+    written = yaml.safe_load(before)
+    missing = {"": "router_z_coef", "optimizer": "b2", "defence": "clip", "mesh": "tensor", "lora": "alpha"}
+    for section, name in missing.items():
+        del (written[section] if section else written)[name]
+    del written["data"][0]["share"], written["remat"]
+    now = dataclasses.replace(config, lora=LoraConfig(3, targets=("q_proj", "v_proj")))
+    try:
+        file.write_text(yaml.safe_dump(written))
+        check_folder(now)
+        for other, told in (
+            (dataclasses.replace(now, router_z_coef=0.5), "router_z_coef was 0.0, is 0.5"),
+            (
+                dataclasses.replace(now, lora=LoraConfig(3, 6.0, ("q_proj", "v_proj"))),
+                "lora.alpha was 8.0, is 6.0",
+            ),
+            (dataclasses.replace(now, mesh=MeshConfig(tensor=2)), "mesh.tensor was 1, is 2"),
+            (dataclasses.replace(now, data=[SourceConfig(str(world.data), share=0.5)]), "'share': None"),
+        ):
+            with pytest.raises(InputError, match=f"another configuration: .*{told}"):
+                check_folder(other)
+    finally:
+        file.write_text(before)
+
+
 def test_a_folder_that_is_no_run_is_refused(world, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="not empty and holds no run"):
@@ -198,6 +233,36 @@ def test_full_fine_tuning_from_random_weights_writes_a_model(world):
     loaded = load_pretrained(result.run_dir / "model")
     for name, value in result.model.params.items():
         np.testing.assert_array_equal(loaded.params[name], value, err_msg=name)
+
+
+def test_full_fine_tuning_leaves_the_routers_correction_biases(world, tmp_path):
+    """In transformers they are buffers: their bytes are the same after any steps, in a bfloat16 model too."""
+    raw = dict(
+        model_type="dots1", vocab_size=world.config.vocab_size, hidden_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, intermediate_size=24, moe_intermediate_size=8,
+        n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, n_group=1,
+        topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0, rms_norm_eps=1e-5,
+        max_position_embeddings=128, rope_theta=1e4, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    config = family_of("dots1").read_config(raw)
+    params = initialise(declare(config), jax.random.key(0), stddev=0.3)
+    name = "segments.1.0.moe.router.correction_bias"
+    params[name] = jnp.asarray([[0.3, -0.1, 1 / 3, 0.0]], jnp.float32)
+    save_folder(tmp_path / "model", config, params)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(world.model / file, tmp_path / "model")
+    optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=0.5)
+    run = world.train_config(
+        "fixed", model=str(tmp_path / "model"), lora=None, dtype="bfloat16", steps=3, optimizer=optimizer
+    )
+    for model in (None, load_pretrained(tmp_path / "model")):
+        result = finetune(dataclasses.replace(run, output=str(tmp_path / f"run{model is None}")), model=model)
+        saved = load_pretrained(result.run_dir / "model")
+        for found in (result.model.params[name], saved.params[name]):
+            assert np.asarray(found).tobytes() == np.asarray(params[name]).tobytes()
+        kernel = "segments.1.0.moe.router.kernel"
+        assert np.abs(result.model.params[kernel] - params[kernel]).max() > 1e-3
+        assert "4 correction biases stay" in result.summary["trainable"]
 
 
 def test_full_fine_tuning_holds_the_weights_once_beside_adams_moments(world):
@@ -305,6 +370,16 @@ def test_a_reference_of_another_model_is_refused(world, tmp_path):
     assert not (world.folder / "refused").exists()
 
 
+def test_max_length_cuts_samples_and_rows_hold_several_of_them(world):
+    """The cut is made once, before packing: a longer row is room for more samples, not for longer ones."""
+    plan, _, report = plan_run(world.train_config("cut", max_length=18))
+    assert report["truncated"] == 3 and report["samples"] + report["dropped"] == 18
+    rows = [row for batch in plan.pipeline.iter() for row in batch["segment_ids"] if row.any()]
+    lengths = [np.bincount(row[row > 0]).max() for row in rows]
+    assert max(lengths) == 18
+    assert plan.pipeline.capacity.tokens >= 64
+
+
 def test_epoch_ends():
     assert epoch_ends(5500, 32, 515) == (171, 343, 515)
     assert epoch_ends(8, 4, 4) == (2, 4)
@@ -318,6 +393,13 @@ def test_metrics_are_cut_behind_the_step_that_a_run_continues_from(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     truncate_rows(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_naming_the_default_targets_is_the_same_run(defended):
+    config, result, _, _ = defended
+    named = dataclasses.replace(config.lora, targets=("q_proj", "v_proj"))
+    again = finetune(dataclasses.replace(config, lora=named))
+    assert again.summary["resumed_at"] == result.summary["task_steps"]
 
 
 def test_the_resolved_configuration_is_plain_yaml(world):

@@ -17,6 +17,7 @@ from safemoe_jax.evaluation.generate import generate
 from safemoe_jax.model import load_pretrained
 from safemoe_jax.models import LoraConfig
 from safemoe_jax.models.lora import add_adapters
+from safemoe_jax.models.transformer import chosen_experts
 from tests.parity.families.harness import (
     agreement,
     by_expert,
@@ -75,6 +76,9 @@ def test_chosen_experts_and_combine_weights(pair):
     want_weights, want_experts = by_expert(pair.want.combine_weights, pair.want.experts)
     np.testing.assert_array_equal(experts[:, real], want_experts[:, real])
     close(weights, want_weights, real, atol=1e-5)
+    if pair.ours.config.n_moe_layers:
+        stacked = chosen_experts(pair.ours.config, pair.ours.weights, pair.want.router_logits)
+        np.testing.assert_array_equal(np.sort(stacked)[:, real], want_experts[:, real])
 
 
 def test_output_of_every_layer(pair, monkeypatch):
@@ -135,17 +139,23 @@ def test_adapters_of_peft_load_here(pair, tmp_path):
 
 
 def test_peft_loads_adapters_written_here(pair, tmp_path):
+    peft_round_trip(pair, pair.variant.adapter_targets, tmp_path / "adapter")
+
+
+def peft_round_trip(pair, targets, folder) -> PeftModel:
+    """Writes adapters on these targets (None: the default ones); what PEFT makes of them has their logits."""
     model = load_pretrained(pair.folder)
-    lora = LoraConfig(rank=RANK, alpha=ALPHA, targets=pair.variant.adapter_targets)
+    lora = LoraConfig(rank=RANK, alpha=ALPHA, targets=targets)
     model.config, model.params = add_adapters(model.config, model.params, lora, jax.random.key(1))
     for i, name in enumerate(sorted(name for name in model.params if name.endswith("lora_b"))):
         model.params[name] = 0.3 * jax.random.normal(jax.random.key(i), model.params[name].shape)
     want = model(pair.want.tokens, pair.want.attention_mask).logits
     real = pair.want.attention_mask.astype(bool)
     assert np.abs(want - pair.want.logits)[real].max() > 0.05
-    model.save_adapter(tmp_path / "adapter")
-    adapted = PeftModel.from_pretrained(copied(pair.theirs), tmp_path / "adapter").eval()
+    model.save_adapter(folder)
+    adapted = PeftModel.from_pretrained(copied(pair.theirs), folder).eval()
     close(their_logits(adapted, pair.want.tokens, pair.want.attention_mask), want, real, atol=2e-4)
+    return adapted
 
 
 def test_bfloat16_agrees(pair, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import DeepseekV2Config
 
 from tests.parity.families.facts import *  # noqa: F403 - every fact is a test of this file
+from tests.parity.families.facts import peft_round_trip
 from tests.parity.families.harness import Variant
 
 BASE = dict(
@@ -74,6 +75,13 @@ def everything() -> DeepseekV2Config:
 def plain() -> DeepseekV2Config:
     """No dense layer, no rotary scaling."""
     return DeepseekV2Config(**BASE | dict(first_k_dense_replace=0, num_hidden_layers=2, rope_parameters=None))
+
+
+def test_peft_loads_adapters_on_the_default_targets(pair, tmp_path):
+    """A run that names no target adapts what makes queries, keys and values, and PEFT loads the result."""
+    queries = LOW_RANK[:2] if pair.theirs.config.q_lora_rank else LATENT[:1]
+    adapted = peft_round_trip(pair, None, tmp_path / "adapter")
+    assert set(adapted.peft_config["default"].target_modules) == {*queries, "kv_a_proj_with_mqa", "kv_b_proj"}
 
 
 VARIANTS = (

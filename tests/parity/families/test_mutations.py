@@ -172,12 +172,58 @@ MUTATIONS: dict[tuple[str, str], dict[str, Change]] = {
         "halves rotated, not pairs": rope(interleaved=False),
         "scores without yarn's square": model(attention_scale=None),
     },
+    ("deepseek_v2", "everything"): {
+        "no groups": routing(groups=1, top_groups=1),
+        "one group too many": routing(top_groups=3),
+        "half as many groups": routing(groups=2, top_groups=1),
+        "groups scored by their best two": routing(group_score="top2"),
+        "routed scale": routing(scale=1.0),
+        "renormalised, as its config asks": model(norm_topk_prob=True),
+    },
     ("deepseek_v3", "published"): {
         "no correction": routing(correction_bias=False),
         "not renormalised": model(norm_topk_prob=False),
         "routed scale": routing(scale=1.0),
+        "no groups": routing(groups=1, top_groups=1),
+        "one group too many": routing(top_groups=3),
+        "half as many groups": routing(groups=2, top_groups=1),
+        "groups scored by their best": routing(group_score="max"),
     },
     ("glm4_moe", "published"): {"whole heads rotated": rope(dim=None)},
+    ("dots1", "published"): {
+        "no norm of the heads": model(qk_norm="none"),
+        "no correction": routing(correction_bias=False),
+        "softmax scores": routing(kind="softmax"),
+        "not renormalised": model(norm_topk_prob=False),
+        "routed scale": routing(scale=1.0),
+        "no shared experts": model(shared_dim=0),
+    },
+    ("dots1", "everything"): {
+        "no groups": routing(groups=1, top_groups=1),
+        "one group too many": routing(top_groups=3),
+        "half as many groups": routing(groups=2, top_groups=1),
+        "groups scored by their best": routing(group_score="max"),
+        "renormalised": model(norm_topk_prob=True),
+        "every layer slides": window(lambda i, w: 7),
+        "window one too wide": window(lambda i, w: w + 1 if w else 0),
+    },
+    ("dots1", "mixed"): {"window on the other layers": window(lambda i, w: 0 if w else 5)},
+    ("ernie4_5_moe", "published"): {
+        "no correction": routing(correction_bias=False),
+        "sigmoid scores": routing(kind="sigmoid"),
+        "not renormalised": model(norm_topk_prob=False),
+        "halves rotated, or pairs": lambda config: rope(interleaved=not config.rope.interleaved)(config),
+        "no shared experts": model(shared_dim=0),
+        "one expert too few": model(top_k=2),
+    },
+    ("ernie4_5_moe", "everything"): {
+        "no least sum": routing(smallest_sum=0.0),
+        "least sum a tenth lower": lambda config: routing(smallest_sum=0.9 * config.routing.smallest_sum)(
+            config
+        ),
+        "no bias of the output": model(lm_head_bias=False),
+        "no biases in the feed-forward": model(mlp_bias=False),
+    },
 }
 CASES = [(*base, name) for base, mistakes in MUTATIONS.items() for name in mistakes]
 

@@ -1,0 +1,171 @@
+"""What is rounded where in bfloat16: combine weights, router logits and norms, against transformers' modules.
+
+Each fact is checked on one module with the same numbers in, so that no rounding before it can hide a rule.
+Numbers are compared bit by bit; one in a hundred may be off by its last bit, for the exp and rsqrt of two
+libraries are. Attention's softmax has no such fact: transformers takes it in bfloat16 for gpt_oss and llama4,
+here it is float32 for all, and `test_bfloat16_agrees` bounds the error.
+
+Legend: L MoE layers, X tokens, D model width, E experts, K chosen experts.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from safemoe_jax.model import Model, load_pretrained
+from safemoe_jax.models import experts as experts_module
+from safemoe_jax.models.norms import model_norm
+from safemoe_jax.models.params import bind
+from safemoe_jax.models.segments import layer_at
+from tests.parity.families.harness import batch, build, recorded, reload, routers
+
+# family -> whether its combine weights, and its router logits, stay float32 in a bfloat16 model
+FLOAT32_WEIGHTS = {
+    "olmoe": (False, False),
+    "qwen2_moe": (False, False),
+    "qwen3_moe": (False, False),
+    "deepseek_v2": (True, True),
+    "mixtral": (True, False),
+    "gpt_oss": (False, False),
+    "phimoe": (False, False),
+    "llama4": (False, False),
+}
+
+
+class Layer(NamedTuple):
+    """What one MoE layer of transformers saw and chose: inputs [X, D], logits [X, E], the rest [X, K]."""
+
+    inputs: torch.Tensor
+    logits: torch.Tensor
+    weights: torch.Tensor
+    experts: torch.Tensor
+
+
+class Case(NamedTuple):
+    """A family's model in bfloat16 here and there, and what its routers did on a batch."""
+
+    family: str
+    ours: Model
+    theirs: PreTrainedModel
+    layers: list[Layer]
+
+
+@pytest.fixture(scope="module", params=FLOAT32_WEIGHTS)
+def case(request, tmp_path_factory) -> Case:
+    """One of the paper's families, its published variant."""
+    torch.set_num_threads(1)
+    variants = importlib.import_module(f"tests.parity.families.test_{request.param}").VARIANTS
+    exact, folder = build(variants[0].config(), seed=3), tmp_path_factory.mktemp(request.param) / "model"
+    exact.save_pretrained(folder)
+    theirs, _ = reload(folder, torch.bfloat16)
+    tokens, mask, _ = batch(theirs.config.vocab_size, seed=3)
+    inputs: list[torch.Tensor] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, given: inputs.append(given[0].flatten(0, -2)))
+        for module in routers(theirs)
+    ]
+    with recorded(theirs, check=False) as (routed, _), torch.no_grad():
+        theirs(input_ids=torch.tensor(tokens, dtype=torch.long), attention_mask=torch.tensor(mask))
+    for hook in hooks:
+        hook.remove()
+    layers = [Layer(x, *values) for x, values in zip(inputs, routed, strict=True)]
+    return Case(request.param, load_pretrained(folder, dtype="bfloat16"), theirs, layers)
+
+
+def ours_of(value: torch.Tensor) -> jnp.ndarray:
+    """The same numbers and dtype."""
+    dtype = {torch.bfloat16: jnp.bfloat16, torch.float32: jnp.float32}[value.dtype]
+    return jnp.asarray(value.detach().float().numpy()).astype(dtype)
+
+
+def nearly_all_bits(got: jnp.ndarray, want: jnp.ndarray) -> None:
+    """Same dtype; in bfloat16 99 of 100 numbers are equal and none is off by more than a step, float32 is
+    within some steps."""
+    assert got.dtype == want.dtype and got.shape == want.shape and got.size > 100
+    step = float(jnp.finfo(got.dtype).eps)
+    in_bfloat16 = got.dtype == jnp.bfloat16
+    got, want = (np.asarray(value.astype(jnp.float32)) for value in (got, want))
+    np.testing.assert_allclose(got, want, rtol=step if in_bfloat16 else 16 * step, atol=1e-30)
+    if in_bfloat16:
+        assert (got == want).mean() >= 0.99
+
+
+def moe_layer(case: Case, number: int):
+    """Our module of a MoE layer, as `layer_at` gives it."""
+    config = case.ours.config
+    return layer_at(config, case.ours.weights, config.moe_layers[number], case.ours.compute)
+
+
+def used_weights(case: Case, number: int, monkeypatch) -> tuple[jnp.ndarray, jnp.ndarray]:
+    """Combine weights and experts [X, K] that our experts get where transformers' router logits rule."""
+    heard = []
+
+    def listening(x_XD, weights_XK, experts_XK, *args, **kwargs):
+        heard.append((weights_XK, experts_XK))
+        return x_XD
+
+    monkeypatch.setattr(experts_module, "expert_ffn", listening)
+    layer, (module, _, first) = case.layers[number], moe_layer(case, number)
+    logits_1XE = jnp.asarray(layer.logits.float().numpy())[None]
+    x_1XD, forced_1X = ours_of(layer.inputs)[None], jnp.ones((1, len(layer.inputs)), bool)
+    module.moe(x_1XD, logits_1XE, forced_1X, first, case.ours.compute)
+    return heard[0]
+
+
+def test_combine_weights_have_the_familys_dtype_and_bits(case, monkeypatch):
+    stays_float32, _ = FLOAT32_WEIGHTS[case.family]
+    found = []
+    for number, layer in enumerate(case.layers):
+        assert layer.weights.dtype == (torch.float32 if stays_float32 else torch.bfloat16)
+        weights, experts = used_weights(case, number, monkeypatch)
+        assert weights.dtype == (jnp.float32 if stays_float32 else jnp.bfloat16)
+        order, their_order = (np.argsort(np.asarray(value), axis=-1) for value in (experts, layer.experts))
+        same = (np.sort(experts) == np.sort(layer.experts)).all(axis=-1)
+        # Where the last logit that is in equals one that is out, either choice is the rule's.
+        best = -np.sort(-layer.logits.float().numpy(), axis=-1)
+        ties = best[:, experts.shape[-1] - 1] == best[:, experts.shape[-1]]
+        assert (same | ties).all() and same.mean() > 0.8
+        ours = jnp.take_along_axis(weights, jnp.asarray(order), axis=-1)
+        theirs = jnp.take_along_axis(ours_of(layer.weights), jnp.asarray(their_order), axis=-1)
+        found.append((ours[same], theirs[same]))
+    nearly_all_bits(*(jnp.concatenate(values) for values in zip(*found, strict=True)))
+
+
+def test_router_logits_are_rounded_where_the_familys_are(case):
+    _, in_float32 = FLOAT32_WEIGHTS[case.family]
+    for number, layer in enumerate(case.layers):
+        assert layer.logits.dtype == (torch.float32 if in_float32 else torch.bfloat16)
+        module, _, _ = moe_layer(case, number)
+        logits = module.moe.router(ours_of(layer.inputs))
+        assert logits.dtype == jnp.float32
+        rounded = logits.astype(jnp.bfloat16)
+        assert bool((rounded.astype(jnp.float32) == logits).all()) != in_float32
+        step = 1e-5 if in_float32 else 2.0**-7
+        theirs = layer.logits.float().numpy()
+        np.testing.assert_allclose(logits, theirs, rtol=step, atol=step * np.abs(theirs).max())
+
+
+def test_norms_round_in_the_familys_order(case):
+    """gpt_oss applies the scale before the cast back, phimoe's LayerNorm too, the others after it."""
+    width, rng = case.ours.config.d_model, np.random.default_rng(0)
+    states = torch.tensor(3 * rng.normal(size=(512, width))).to(torch.bfloat16)
+    norm = case.theirs.model.norm
+    with torch.no_grad():
+        want = ours_of(norm(states))
+    prefix = "final_norm."
+    params = {k.removeprefix(prefix): v for k, v in case.ours.params.items() if k.startswith(prefix)}
+    right = bind(model_norm(case.ours.config), params)
+    nearly_all_bits(right(ours_of(states)), want)
+    if case.ours.config.norm == "layer":
+        return
+    other = "rms" if case.ours.config.norm == "rms_float32" else "rms_float32"
+    wrong = bind(model_norm(replace(case.ours.config, norm=other)), params)
+    assert float((wrong(ours_of(states)) == want).mean()) < 0.95
