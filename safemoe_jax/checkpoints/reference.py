@@ -38,7 +38,7 @@ FORMAT = "safemoe-reference-1"
 LOWEST_LOG_PROB = -64.0
 _STEPS = 65535
 # Fields that do not change what the network computes.
-_NOT_FUNCTION = ("lora", "initializer_range", "router_aux_coef", "max_positions")
+_NOT_FUNCTION = ("lora", "quantisation", "initializer_range", "router_aux_coef", "max_positions")
 
 
 @dataclass(frozen=True)

@@ -61,12 +61,13 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig) -> None:
         d_model, head_dim = config.d_model, config.head_dim
         q_width, kv_width = config.n_heads * head_dim, config.n_kv_heads * head_dim
-        options = {"lora": config.lora, "bias": config.attention_bias}
-        self.q_proj = Linear("q_proj", d_model, q_width, ("embed", "heads"), **options)
-        self.k_proj = Linear("k_proj", d_model, kv_width, ("embed", "kv_heads"), **options)
-        self.v_proj = Linear("v_proj", d_model, kv_width, ("embed", "kv_heads"), **options)
+        options = {"lora": config.lora, "quantisation": config.quantisation}
+        biased = {**options, "bias": config.attention_bias}
+        self.q_proj = Linear("q_proj", d_model, q_width, ("embed", "heads"), **biased)
+        self.k_proj = Linear("k_proj", d_model, kv_width, ("embed", "kv_heads"), **biased)
+        self.v_proj = Linear("v_proj", d_model, kv_width, ("embed", "kv_heads"), **biased)
         self.o_proj = Linear(
-            "o_proj", q_width, d_model, ("heads", "embed"), lora=config.lora, bias=config.output_bias
+            "o_proj", q_width, d_model, ("heads", "embed"), **options, bias=config.output_bias
         )
         if config.qk_norm == "full":
             self.q_norm = RMSNorm(q_width, config.norm_eps, "heads")

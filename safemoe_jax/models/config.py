@@ -191,6 +191,8 @@ class ModelConfig:
         max_positions: longest sequence that the checkpoint was made for.
         layers: one entry a layer; all the same MoE layer by default.
         lora: adapters, or None.
+        quantisation: "int8", "int4" or "int4-64": how the kernels of attention, experts and feed-forwards are
+            held (`models.quantised`), or None for floats. How a model is loaded, not what it is.
     """
 
     family: str
@@ -234,6 +236,7 @@ class ModelConfig:
     max_positions: int = 4096
     layers: tuple[LayerConfig, ...] = ()
     lora: LoraConfig | None = None
+    quantisation: str | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -23,6 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from safemoe_jax.models.activation import Activation
 from safemoe_jax.models.expert_layout import Aligned, Blocks, Pairs, align, sort_pairs, weighted_sum
+from safemoe_jax.models.quantised import Weight, dense, group_weight, weight_shape
 
 KEPT_NAME = "expert_pre_activations"
 """Name of the residuals for `jax.checkpoint_policies`: 2 * T*K * F * 4 bytes a layer."""
@@ -31,18 +32,22 @@ KEPT_NAME = "expert_pre_activations"
 class Stack(NamedTuple):
     """Expert weights: gate and up [G,D,F], down [G,F,D]; all three biases [G,F], [G,F], [G,D], or none."""
 
-    gate: jax.Array
-    up: jax.Array
-    down: jax.Array
+    gate: Weight
+    up: Weight
+    down: Weight
     gate_bias: jax.Array | None = None
     up_bias: jax.Array | None = None
     down_bias: jax.Array | None = None
 
     def layer(self, first_group: jax.Array | int, n_experts: int) -> Stack:
         """A copy of the groups of one layer; no copy where the stack is one layer."""
-        if self.gate.shape[0] == n_experts:
+        if weight_shape(self.gate)[0] == n_experts:
             return self
         return jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, first_group, n_experts), self)
+
+    def dense(self, dtype: jnp.dtype | str) -> Stack:
+        """All of it as arrays of this dtype."""
+        return Stack(*(w if w is None else dense(w, dtype) for w in self))
 
 
 class _Saved(NamedTuple):
@@ -109,7 +114,7 @@ def _ffn(
 
 def _ffn_forward(*primals: object) -> tuple[jax.Array, _Saved]:
     is_primal = lambda leaf: hasattr(leaf, "perturbed")  # noqa: E731
-    trainable = any(leaf.perturbed for leaf in primals[2] if leaf is not None)
+    trainable = any(leaf.perturbed for leaf in jax.tree.leaves(primals[2], is_leaf=is_primal))
     arguments = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
     y_TD, *kept = _forward(*arguments, keep=True)
     # `jax.checkpoint` never saves what leaves a loop, whatever its policy; it does save named values.
@@ -132,9 +137,9 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.
     return lax.dot_general(a, b.astype(a.dtype), dimensions, preferred_element_type=jnp.float32)
 
 
-def _project(rows: jax.Array, weights: jax.Array, bias: jax.Array | None, group: jax.Array) -> jax.Array:
+def _project(rows: jax.Array, weights: Weight, bias: jax.Array | None, group: jax.Array) -> jax.Array:
     """rows times one group's matrix, plus its bias where there is one; float32."""
-    out = _dot(rows, weights[group])
+    out = _dot(rows, group_weight(weights, group, rows.dtype))
     return out if bias is None else out + bias[group].astype(jnp.float32)
 
 
@@ -191,7 +196,7 @@ def _forward(
     """y_TD and, where `keep`, gate_PF and up_PF."""
     plan = _plan(pairs)
     layout = plan.layout
-    width, expert_width = stack.gate.shape[1:]
+    width, expert_width = weight_shape(stack.gate)[1:]
 
     def visit(
         expert: jax.Array, take: Callable, start: jax.Array, buffers: list[jax.Array], stack: Stack
@@ -222,7 +227,7 @@ def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, S
 
     def visit(expert: jax.Array, take: Callable, start: jax.Array, carry: tuple, stack: Stack) -> tuple:
         buffers, sums = carry
-        gate_w, up_w, down_w = (w[first_group + expert] for w in stack[:3])
+        gate_w, up_w, down_w = (group_weight(w, first_group + expert, x_TD.dtype) for w in stack[:3])
         token, weight = take(layout.pair_P) // plan.top_k, take(weight_P)[:, None]
         gate, up = take(saved.gate_PF), take(saved.up_PF)
         d_y = d_y_TD[token]

@@ -17,11 +17,17 @@ from safemoe_jax.models.feed_forward import FeedForward
 from safemoe_jax.models.grouped_matmul import choose_kernel, expert_ffn
 from safemoe_jax.models.linear import Linear
 from safemoe_jax.models.params import LoraParam, ParamSpec
+from safemoe_jax.models.quantised import PARTS, Quantised, read_weight, weight_param, weight_shape
 from safemoe_jax.models.router import Router, choose_experts
 
 GATE_UP_TARGET = "mlp.experts.gate_up_proj"
 DOWN_TARGET = "mlp.experts.down_proj"
-EXPERT_STACKS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+_MATRICES = ("gate", "up", "down")
+EXPERT_STACKS = (
+    *_MATRICES,
+    *(f"{name}.{part}" for name in _MATRICES for part in PARTS),
+    *(f"{name}_bias" for name in _MATRICES),
+)
 """Parameters of `Experts` with one entry an expert: kernels read a stack of layers [R * E, ...] in place."""
 
 
@@ -30,9 +36,9 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         n, d, f = config.n_experts, config.d_model, config.expert_dim
-        self.gate = nnx.Param(ParamSpec((n, d, f), ("expert", "embed", "mlp")))
-        self.up = nnx.Param(ParamSpec((n, d, f), ("expert", "embed", "mlp")))
-        self.down = nnx.Param(ParamSpec((n, f, d), ("expert", "mlp", "embed")))
+        inwards, how = ParamSpec((n, d, f), ("expert", "embed", "mlp")), config.quantisation
+        self.gate, self.up = weight_param(inwards, how), weight_param(inwards, how)
+        self.down = weight_param(ParamSpec((n, f, d), ("expert", "mlp", "embed")), how)
         wide = ParamSpec((n, f), ("expert", "mlp"), "zeros")
         narrow = ParamSpec((n, d), ("expert", "embed"), "zeros")
         self.gate_bias = nnx.Param(wide) if config.expert_bias else None
@@ -91,17 +97,19 @@ class Experts(nnx.Module):
         if compute.experts != "auto":
             return compute.experts
         tokens, k = (pairs[0] * pairs[1], 1) if self.scale_input else pairs
-        return choose_kernel(platform(compute), tokens, k, self.n_experts, *stack.gate.shape[1:])
+        if isinstance(stack.gate, Quantised) and platform(compute) == "cpu":
+            return "blocks"  # it alone brings back one expert at a time
+        return choose_kernel(platform(compute), tokens, k, self.n_experts, *weight_shape(stack.gate)[1:])
 
     def _effective_weights(
         self, first_group: jax.Array | int, dtype: jnp.dtype
     ) -> tuple[Stack, jax.Array | int]:
         """The layer's weights with the adapters' updates added, for one layer at a time."""
-        arrays = self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias
-        stack = Stack(*(w if w is None else w[...].astype(dtype) for w in arrays))
+        params = self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias
+        stack = Stack(*(param if param is None else read_weight(param, dtype) for param in params))
         if self.lora is None:
             return stack, first_group
-        stack = stack.layer(first_group, self.n_experts)
+        stack = stack.layer(first_group, self.n_experts).dense(dtype)
         scale = self.lora.scale
         if GATE_UP_TARGET in self.lora.targets:
             update = scale * (self.gate_up_lora_a[...] @ self.gate_up_lora_b[...])

@@ -18,7 +18,8 @@ class FeedForward(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, width: int) -> None:
-        d, options = config.d_model, {"lora": config.lora, "bias": config.mlp_bias}
+        d = config.d_model
+        options = {"lora": config.lora, "bias": config.mlp_bias, "quantisation": config.quantisation}
         self.gate_proj = Linear("gate_proj", d, width, ("embed", "mlp"), **options)
         self.up_proj = Linear("up_proj", d, width, ("embed", "mlp"), **options)
         self.down_proj = Linear("down_proj", width, d, ("mlp", "embed"), **options)

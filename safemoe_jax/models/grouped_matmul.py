@@ -19,6 +19,7 @@ from safemoe_jax.errors import InputError
 from safemoe_jax.models.activation import SILU, Activation
 from safemoe_jax.models.expert_blocks import Stack, blocks_ffn
 from safemoe_jax.models.expert_layout import Pairs, collect, dispatch, sort_pairs
+from safemoe_jax.models.quantised import Int4, Quantised, Weight, multiply, weight_shape
 
 Kernel = Literal["dense", "blocks", "ragged", "megablox"]
 KERNELS: tuple[Kernel, ...] = ("dense", "blocks", "ragged", "megablox")
@@ -57,9 +58,9 @@ def expert_ffn(
     x_TD: jax.Array,
     weights_TK: jax.Array,
     experts_TK: jax.Array,
-    gate_GDF: jax.Array,
-    up_GDF: jax.Array,
-    down_GFD: jax.Array,
+    gate_GDF: Weight,
+    up_GDF: Weight,
+    down_GFD: Weight,
     *,
     first_group: jax.Array | int,
     n_experts: int,
@@ -82,8 +83,8 @@ def expert_ffn(
         x_TD: float32 or bfloat16.
         weights_TK: combine weights of the router.
         experts_TK: int32 in [0, E).
-        gate_GDF, up_GDF, down_GFD: weights of one layer or a stack of layers. Only "blocks" on one device
-            reads a stack in place; the others slice the layer out of it.
+        gate_GDF, up_GDF, down_GFD: weights of one layer or a stack of layers, quantised or not. Only "blocks"
+            on one device reads a stack in place; the others slice the layer out of it.
         first_group: where this layer's E groups begin; may be traced.
         n_experts: E.
         kernel: "dense" (all experts; the oracle), "blocks" (CPU), "ragged" (`jax.lax.ragged_dot`) or
@@ -142,9 +143,9 @@ def _one_device(
     """float32 [T,D]; experts outside [0, n_experts) contribute zero."""
     if kernel == "blocks":
         return blocks_ffn(x_TD, weights_TK, experts_TK, stack, first_group, n_experts, activation)
-    stack = jax.tree.map(lambda w: w.astype(x_TD.dtype), stack.layer(first_group, n_experts))
+    stack = stack.layer(first_group, n_experts)
     if kernel == "dense":
-        return _dense(x_TD, weights_TK, experts_TK, stack, activation)
+        return _dense(x_TD, weights_TK, experts_TK, stack.dense(x_TD.dtype), activation)
     return _grouped(x_TD, weights_TK, experts_TK, stack, kernel, interpret, activation)
 
 
@@ -182,15 +183,17 @@ def _grouped(
     Rows of no expert are zeroed going in and coming out, because kernels leave theirs undefined; the first
     mask cleans the gradient on its way back.
     """
-    pairs = sort_pairs(experts_TK, stack.gate.shape[0])
+    pairs = sort_pairs(experts_TK, weight_shape(stack.gate)[0])
     own_N1 = (jnp.arange(pairs.order_N.size) < pairs.used)[:, None]
     rows_ND = jnp.where(own_N1, dispatch(x_TD, pairs), 0)
 
-    def project(rows: jax.Array, weights: jax.Array, bias: jax.Array | None) -> jax.Array:
-        if kernel == "ragged":
-            out = lax.ragged_dot(rows, weights, pairs.counts_E, preferred_element_type=jnp.float32)
+    product = _ragged if kernel == "ragged" else _megablox_interpreted if interpret else _megablox
+
+    def project(rows: jax.Array, weights: Weight, bias: jax.Array | None) -> jax.Array:
+        if isinstance(weights, Quantised):
+            out = multiply(product, rows, weights, pairs.counts_E)
         else:
-            out = _megablox(rows, weights, pairs.counts_E, interpret)
+            out = product(rows, weights.astype(rows.dtype), pairs.counts_E)
         # The mask on the bias is for its gradient: rows of no expert bring undefined values back.
         return out if bias is None else out + jnp.where(own_N1, bias[_expert_of_place(pairs)], 0)
 
@@ -207,7 +210,15 @@ def _expert_of_place(pairs: Pairs) -> jax.Array:
     return jnp.repeat(experts_E, pairs.counts_E, total_repeat_length=pairs.order_N.size)
 
 
-def _megablox(rows: jax.Array, weights: jax.Array, counts_E: jax.Array, interpret: bool) -> jax.Array:
+def _ragged(rows: jax.Array, weights: jax.Array, counts_E: jax.Array) -> jax.Array:
+    return lax.ragged_dot(rows, weights, counts_E, preferred_element_type=jnp.float32)
+
+
+def _megablox_interpreted(rows: jax.Array, weights: jax.Array, counts_E: jax.Array) -> jax.Array:
+    return _megablox(rows, weights, counts_E, interpret=True)
+
+
+def _megablox(rows: jax.Array, weights: jax.Array, counts_E: jax.Array, interpret: bool = False) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.megablox import gmm  # Pallas is slow to import and TPU only
 
     n_rows = rows.shape[0]
@@ -228,7 +239,9 @@ def _sharded(
 ) -> jax.Array:
     """`_one_device` on every device, for its tokens, experts and slice of the expert width."""
     _check_divides(mesh, "expert", n_experts, "experts")
-    _check_divides(mesh, "tensor", stack.gate.shape[2], "the expert width")
+    _check_divides(mesh, "tensor", weight_shape(stack.gate)[2], "the expert width")
+    if isinstance(stack.down, Int4):
+        _check_divides(mesh, "tensor", stack.down.scales.shape[1], "the 4-bit blocks of the expert width")
     batch = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
     if x_TD.shape[0] % math.prod(mesh.shape[axis] for axis in batch):
         batch = None  # too few tokens to split: every device computes all of them
@@ -250,7 +263,8 @@ def _sharded(
     # Partial sums leave stacked along a sharded axis and are added outside: the transpose of that sum is a
     # broadcast without communication, where the transpose of a psum inside would be another psum.
     parts = tuple(axis for axis in (expert, tensor) if axis is not None)
-    weights_in = Stack(P(expert, None, tensor), P(expert, None, tensor), P(expert, tensor, None))
+    inwards, outwards = P(expert, None, tensor), P(expert, tensor, None)
+    weights_in = Stack(*map(_parts_in, stack[:3], (inwards, inwards, outwards)))
     if stack.down_bias is not None:
         weights_in = Stack(*weights_in[:3], P(expert, tensor), P(expert, tensor), P(expert, None))
     tokens_in = P(batch, None)
@@ -262,6 +276,14 @@ def _sharded(
         check_vma=False,
     )(x_TD, weights_TK, experts_TK, stack)
     return y_STD.sum(0).astype(x_TD.dtype)
+
+
+def _parts_in(weight: Weight, spec: P) -> P | Quantised:
+    """Where the parts of a weight lie: scales of 8 bits have no inputs to be split."""
+    if not isinstance(weight, Quantised):
+        return spec
+    scales = spec if isinstance(weight, Int4) else P(spec[0], None, spec[2])
+    return type(weight)(spec, scales)
 
 
 def _check_divides(mesh: Mesh, axis: str, size: int, what: str) -> None:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from safemoe_jax.models.config import LoraConfig
 from safemoe_jax.models.params import LoraParam, ParamSpec
+from safemoe_jax.models.quantised import Quantisation, Quantised, multiply, read_weight, weight_param
 
 
 class Linear(nnx.Module):
@@ -22,8 +23,9 @@ class Linear(nnx.Module):
         *,
         lora: LoraConfig | None,
         bias: bool = False,
+        quantisation: Quantisation | None = None,
     ) -> None:
-        self.kernel = nnx.Param(ParamSpec((inputs, outputs), axes))
+        self.kernel = weight_param(ParamSpec((inputs, outputs), axes), quantisation)
         self.bias = nnx.Param(ParamSpec((outputs,), axes[1:], "zeros")) if bias else None
         self.lora_scale = None
         if lora is not None and name in lora.targets:
@@ -34,7 +36,8 @@ class Linear(nnx.Module):
     def __call__(self, x_XI: jax.Array) -> jax.Array:
         """Applies the layer along the last axis, in the input's dtype."""
         dtype = x_XI.dtype
-        y_XO = x_XI @ self.kernel[...].astype(dtype)
+        kernel = read_weight(self.kernel, dtype)
+        y_XO = multiply(_product, x_XI, kernel) if isinstance(kernel, Quantised) else x_XI @ kernel
         if self.bias is not None:
             y_XO = y_XO + self.bias[...].astype(dtype)
         if self.lora_scale is not None:
@@ -42,3 +45,7 @@ class Linear(nnx.Module):
                 (x_XI @ self.lora_a[...].astype(dtype)) @ self.lora_b[...].astype(dtype)
             )
         return y_XO
+
+
+def _product(x_XI: jax.Array, kernel_IO: jax.Array, _: None) -> jax.Array:
+    return x_XI @ kernel_IO

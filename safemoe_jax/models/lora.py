@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.config import LoraConfig, ModelConfig
 from safemoe_jax.models.params import Params, count, initialise, is_adapter, is_correction
+from safemoe_jax.models.quantisation import dequantise_params
 from safemoe_jax.models.transformer import declare
 
 EXPERT_TARGETS = {"mlp.experts.gate_up_proj": "gate_up", "mlp.experts.down_proj": "down"}
@@ -95,7 +96,9 @@ def add_adapters(
 
 
 def merge_adapters(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """Adds every adapter's update to its kernel (in float32) and drops the factors."""
+    """Adds every adapter's update to its kernel (in float32) and drops the factors; quantised weights become
+    floats."""
+    config, params = dequantise_params(config, params)
     if config.lora is None:
         return config, params
     merged = {name: value for name, value in params.items() if not is_adapter(name)}
@@ -120,7 +123,7 @@ def _merge_one(merged: Params, name: str, a: jax.Array, b: jax.Array, scale: flo
 
 def describe(config: ModelConfig) -> str:
     """One line for the user: what is adapted and which share of the parameters trains."""
-    specs = declare(config)
+    specs = declare(replace(config, quantisation=None))
     total = count({name: spec for name, spec in specs.items() if not is_adapter(name)})
     if config.lora is None:
         fixed = count({name: spec for name, spec in specs.items() if is_correction(name)})

@@ -29,28 +29,46 @@ class LatentAttention(nnx.Module):
     def __init__(self, config: ModelConfig) -> None:
         _check(config)
         d_model, n_heads, mla, lora = config.d_model, config.n_heads, config.mla, config.lora
+        how = config.quantisation
         q_width = n_heads * (mla.nope_dim + mla.rope_dim)
         if mla.q_rank is None:
-            self.q_proj = Linear("q_proj", d_model, q_width, ("embed", "heads"), lora=lora)
+            self.q_proj = Linear("q_proj", d_model, q_width, ("embed", "heads"), lora=lora, quantisation=how)
         else:
             self.q_a_proj = Linear(
-                "q_a_proj", d_model, mla.q_rank, ("embed", None), lora=lora, bias=config.attention_bias
+                "q_a_proj",
+                d_model,
+                mla.q_rank,
+                ("embed", None),
+                lora=lora,
+                quantisation=how,
+                bias=config.attention_bias,
             )
             self.q_a_norm = RMSNorm(mla.q_rank, mla.norm_eps)
-            self.q_b_proj = Linear("q_b_proj", mla.q_rank, q_width, (None, "heads"), lora=lora)
+            self.q_b_proj = Linear(
+                "q_b_proj", mla.q_rank, q_width, (None, "heads"), lora=lora, quantisation=how
+            )
         self.kv_a_proj = Linear(
             "kv_a_proj_with_mqa",
             d_model,
             mla.kv_rank + mla.rope_dim,
             ("embed", None),
             lora=lora,
+            quantisation=how,
             bias=config.attention_bias,
         )
         self.kv_a_norm = RMSNorm(mla.kv_rank, mla.norm_eps)
         kv_width = n_heads * (mla.nope_dim + mla.v_dim)
-        self.kv_b_proj = Linear("kv_b_proj", mla.kv_rank, kv_width, (None, "heads"), lora=lora)
+        self.kv_b_proj = Linear(
+            "kv_b_proj", mla.kv_rank, kv_width, (None, "heads"), lora=lora, quantisation=how
+        )
         self.o_proj = Linear(
-            "o_proj", n_heads * mla.v_dim, d_model, ("heads", "embed"), lora=lora, bias=config.output_bias
+            "o_proj",
+            n_heads * mla.v_dim,
+            d_model,
+            ("heads", "embed"),
+            lora=lora,
+            quantisation=how,
+            bias=config.output_bias,
         )
         self.config = config
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from safemoe_jax.errors import InputError
 from safemoe_jax.models.config import ModelConfig
 from safemoe_jax.parallel.mesh import named_sharding
 
@@ -56,7 +57,7 @@ class ParamSpec:
 
     def stacked(self, repeats: int) -> ParamSpec:
         """The same parameter for `repeats` layers, stacked along a new first axis."""
-        return ParamSpec((repeats, *self.shape), ("layers", *self.axes), self.init)
+        return replace(self, shape=(repeats, *self.shape), axes=("layers", *self.axes))
 
 
 class LoraParam(nnx.Param):
@@ -77,10 +78,18 @@ def is_correction(name: str) -> bool:
     return name.endswith("router.correction_bias")
 
 
+def is_quantised(name: str) -> bool:
+    """Whether a parameter is a part of a quantised weight."""
+    return name.endswith((".values", ".scales"))
+
+
 def cast(params: Params, dtype: jnp.dtype | str) -> Params:
-    """The parameters in another dtype, but for those that are float32 in every model."""
-    return {
-        name: value.astype(jnp.float32 if is_correction(name) else dtype) for name, value in params.items()
+    """The parameters in another dtype, but for those that are float32 in every model, and quantised ones."""
+    kept = {name: value for name, value in params.items() if is_quantised(name)}
+    return kept | {
+        name: value.astype(jnp.float32 if is_correction(name) else dtype)
+        for name, value in params.items()
+        if name not in kept
     }
 
 
@@ -117,7 +126,12 @@ def initialise(
     """Random parameters, each made on the devices where it will lie.
 
     The value of a parameter depends on the key and its name only, not on which others are made beside it.
+
+    Raises:
+        InputError: the specs are those of a quantised network; its weights are rounded, not drawn.
     """
+    if any(map(is_quantised, specs)):
+        raise InputError("quantised weights cannot be drawn", expected="weights to quantise")
     placed = shardings(specs, mesh) if mesh is not None else dict.fromkeys(specs)
 
     def make(name: str, spec: ParamSpec) -> jax.Array:
@@ -144,7 +158,16 @@ def split_trainable(config: ModelConfig, params: Params) -> Weights:
     but the routers' correction biases does.
 
     Trainable parameters become float32 (optimizer updates are far below bfloat16's resolution).
+
+    Raises:
+        InputError: the weights are quantised, and there are no adapters that could train.
     """
+    if config.lora is None and config.quantisation is not None:
+        raise InputError(
+            f"full fine-tuning of {config.quantisation} weights",
+            where="quantisation",
+            expected="adapters (lora), or weights that are not quantised",
+        )
     trains = is_adapter if config.lora is not None else lambda name: not is_correction(name)
     chosen = {name for name in params if trains(name)}
     trainable = {name: params[name].astype(jnp.float32) for name in params if name in chosen}

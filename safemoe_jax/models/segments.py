@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 
 from safemoe_jax.models.attention import Row, Traits
 from safemoe_jax.models.config import Compute, ModelConfig, Segment
@@ -145,11 +145,14 @@ def _trait_array(name: str, values: tuple) -> np.ndarray:
 
 
 def _rematerialised(body: callable, compute: Compute) -> callable:
-    # Slices of the frozen stacks are cheap to read again; saving them would be a second copy of the weights.
-    policy = jax.checkpoint_policies.save_anything_except_these_names("frozen_weights")
-    if compute.remat == "full":
-        policy = jax.checkpoint_policies.nothing_saveable
+    policy = jax.checkpoint_policies.nothing_saveable if compute.remat == "full" else _saveable
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def _saveable(primitive: Primitive, *_: Any, **__: Any) -> bool:
+    """All but slices: those of the frozen stacks are cheap to read again, and would be a second copy of the
+    weights."""
+    return primitive.name not in ("dynamic_slice", "squeeze")
 
 
 def _bind_layer(
@@ -172,8 +175,7 @@ def _bind_layer(
         if name in _EXPERT_STACKS and stack.ndim == (2 if name.endswith("_bias") else 3):
             arrays[name], first_group = stack, repeat * config.n_experts
         else:
-            layer_slice = jax.lax.dynamic_index_in_dim(stack, repeat, keepdims=False)
-            arrays[name] = checkpoint_name(layer_slice, "frozen_weights")
+            arrays[name] = jax.lax.dynamic_index_in_dim(stack, repeat, keepdims=False)
     return bind(Layer(config, kind), arrays), first_group
 
 
