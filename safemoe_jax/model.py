@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from safemoe_jax.errors import InputError
 from safemoe_jax.models.config import Compute, ModelConfig
 from safemoe_jax.models.lora import merge_adapters
 from safemoe_jax.models.params import Params, Weights
+from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.models.transformer import Output, forward
 
 _forward = jax.jit(forward, static_argnums=0, static_argnames="compute")
@@ -147,6 +149,7 @@ def load_pretrained(
     dtype: str | None = None,
     adapter: str | Path | None = None,
     experts: str = "auto",
+    quantisation: Quantisation | None = None,
 ) -> Model:
     """Loads a Hugging Face checkpoint.
 
@@ -156,6 +159,8 @@ def load_pretrained(
         dtype: "float32" or "bfloat16"; by default bfloat16 stays, everything else becomes float32.
         adapter: a folder that PEFT wrote; its factors are added to the parameters.
         experts: the expert kernel (`models.config.Compute`).
+        quantisation: "int8", "int4" or "int4-64" rounds the kernels of attention, experts and feed-forwards
+            as they are read, to be computed with as they are or trained by adapters; None keeps floats.
 
     Returns:
         The model; a folder without a tokenizer loads too.
@@ -167,7 +172,11 @@ def load_pretrained(
         raise InputError(f"dtype {dtype!r}", where="load_pretrained", expected="float32 or bfloat16")
     folder = find_folder(path_or_hub_id)
     config, raw = read_config(folder)
-    params = load_params(folder, config, dtype=dtype, mesh=mesh)
+    if quantisation not in (None, *typing.get_args(Quantisation)):
+        known = ", ".join(typing.get_args(Quantisation))
+        raise InputError(f"quantisation {quantisation!r}", where="load_pretrained", expected=known)
+    params = load_params(folder, config, dtype=dtype, mesh=mesh, quantisation=quantisation)
+    config = replace(config, quantisation=quantisation)
     if adapter is not None:
         config, factors = load_adapter(adapter, config, mesh=mesh)
         params = {**params, **factors}

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from safemoe_jax.checkpoints.atomic import new_folder
 from safemoe_jax.checkpoints.reading import Loader, check_scales, check_tied, stored_dtype, target_dtype
@@ -25,8 +25,11 @@ from safemoe_jax.errors import InputError
 from safemoe_jax.families import family_of
 from safemoe_jax.families.tensor_table import Piece, Row, TensorTable, by_tensor, left_out, published, resolve
 from safemoe_jax.models.config import ModelConfig, check_mesh
-from safemoe_jax.models.params import Params, shardings
+from safemoe_jax.models.params import Params, ParamSpec, shardings
+from safemoe_jax.models.quantisation import quantised_weights
+from safemoe_jax.models.quantised import PARTS, Quantisation, part_specs
 from safemoe_jax.models.transformer import declare
+from safemoe_jax.parallel.mesh import named_sharding
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -142,7 +145,12 @@ def _files(folder: Path) -> list[Path]:
 
 
 def load_params(
-    folder: str | Path, config: ModelConfig, *, dtype: str | None = None, mesh: Mesh | None = None
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    quantisation: Quantisation | None = None,
 ) -> Params:
     """The parameters of a checkpoint.
 
@@ -153,9 +161,11 @@ def load_params(
         config: its network, as `read_config` gives it.
         dtype: "float32" or "bfloat16"; by default bfloat16 stays, everything else becomes float32.
         mesh: where to put them; without one, on the default device.
+        quantisation: rounds the kernels of attention, experts and feed-forwards while they are read.
 
     Returns:
-        Flat name -> array, exactly those that `declare(config)` names (without adapters).
+        Flat name -> array, exactly those that `declare(replace(config, quantisation=quantisation))` names
+        (without adapters).
 
     Raises:
         InputError: names the tensor that is missing, unmapped, duplicate, of a wrong shape or not finite.
@@ -170,14 +180,44 @@ def load_params(
     placed = shardings(specs, mesh) if mesh is not None else {}
     with Loader(entries) as loader:
         check_tied(loader.reader, (table.tied or {}) if config.tie_embeddings else {}, entries)
+        rounded = {} if quantisation is None else quantised_weights(config, quantisation)
         params = {
             name: loader.load(
                 specs[name], places, _dtype(table.row(name), entries, places[0], dtype), placed.get(name)
             )
             for name, places in plan.items()
+            if name not in rounded
         }
+        for name in rounded:
+            parts = part_shardings(name, specs[name], quantisation, mesh)
+            found = loader.load_quantised(specs[name], plan[name], quantisation, parts)
+            params |= {f"{name}.{part}": value for part, value in zip(PARTS, found, strict=True)}
     _tell(left_out(config, table, list(entries)), plan, entries, time.perf_counter() - started)
     return params
+
+
+def part_shardings(
+    name: str, spec: ParamSpec, quantisation: Quantisation, mesh: Mesh | None
+) -> list[NamedSharding] | None:
+    """Where `values` and `scales` of a weight lie on the mesh; None without one.
+
+    Raises:
+        InputError: the mesh does not divide them.
+    """
+    if mesh is None:
+        return None
+    declared = part_specs(spec, quantisation)
+    found = [named_sharding(mesh, part.axes) for part in declared]
+    for part, sharding in zip(declared, found, strict=True):
+        try:
+            sharding.shard_shape(part.shape)
+        except ValueError as error:
+            raise InputError(
+                f"the mesh does not divide '{name}' in {quantisation}: {part.shape}",
+                where="mesh",
+                expected="sizes that divide it, or no quantisation",
+            ) from error
+    return found
 
 
 def _dtype(row: Row, entries: Mapping[str, Entry], piece: Piece, wanted: str | None) -> np.dtype:

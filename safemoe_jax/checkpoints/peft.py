@@ -294,7 +294,7 @@ def _factors_of(config: ModelConfig, name: str, spec: ParamSpec) -> Iterator[_Fa
     swapped = is_expert and not source.transpose and not source.interleaved
     disk_letter = {"a": "b", "b": "a"}[letter] if swapped else letter
     shape = (*spec.shape[1:-2], spec.shape[-1], spec.shape[-2]) if swapped else spec.shape[1:]
-    base = declare(replace(config, lora=None))[adapted]
+    base = declare(replace(config, lora=None, quantisation=None))[adapted]
     for piece in pieces(config, adapted, base.shape, source):
         module = piece.name.rpartition(".")[0]
         # PEFT wraps gate_up_proj first, so that down_proj's wrapper lies round it.

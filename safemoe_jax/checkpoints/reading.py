@@ -26,6 +26,7 @@ from safemoe_jax.checkpoints.safetensors_files import Entry, Reader, all_finite,
 from safemoe_jax.errors import InputError
 from safemoe_jax.families.tensor_table import PACK, SCALED, SCALES, Piece
 from safemoe_jax.models.params import ParamSpec
+from safemoe_jax.models.quantised import Int4, Int8, Quantisation, Quantised, quantise
 
 BLOCK_BYTES = 8 * 2**20
 THREADS = 8
@@ -93,6 +94,37 @@ class Loader:
             for copies in self._movers.map(lambda move: self._put(*move), moves):
                 shares += copies
         return jax.make_array_from_single_device_arrays(spec.shape, sharding, shares)
+
+    def load_quantised(
+        self,
+        spec: ParamSpec,
+        places: Sequence[Piece],
+        quantisation: Quantisation,
+        shardings: Sequence[jax.sharding.Sharding] | None,
+    ) -> Quantised:
+        """A stack of weights [R, ..., I, O] rounded to 8 or 4 bits layer by layer as it is read.
+
+        One layer is in float32 at a time. With several processes each reads the weight whole: a scale of 8
+        bits is made from all inputs of a channel.
+
+        Args:
+            spec: the weight as it is declared without quantisation.
+            places: where it is on disk.
+            quantisation: how it is rounded.
+            shardings: where `values` and `scales` go; None for the default device.
+        """
+        rounded = jax.jit(quantise, static_argnums=1)
+        layers = []
+        for layer in range(spec.shape[0]):
+            index = [slice(layer, layer + 1), *(slice(0, n) for n in spec.shape[1:])]
+            share = jnp.array(self.read_share(places, index, np.dtype(np.float32)))
+            layers.append([np.asarray(part) for part in rounded(share, quantisation)])
+        parts = [np.concatenate(part) for part in zip(*layers, strict=True)]
+        kind = Int8 if quantisation == "int8" else Int4
+        if shardings is None:
+            return kind(*map(jnp.asarray, parts))
+        placed = zip(parts, shardings, strict=True)
+        return kind(*(jax.make_array_from_callback(p.shape, s, lambda i, p=p: p[i]) for p, s in placed))
 
     def _put(self, share: np.ndarray, devices: Sequence[jax.Device | None]) -> list[jax.Array]:
         """Moves a share to the first device and from there to the others.
