@@ -169,7 +169,12 @@ def test_frozen_biases_cost_one_product_in_the_backward_pass():
             options = {"first_group": 0, "n_experts": E, "kernel": "blocks", "biases": biases}
             return expert_ffn(x, weights, jnp.asarray(experts), *stack[:3], **options).sum()
 
-        return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, weights).as_text().count("stablehlo.dot_general")
+        return (
+            jax.jit(jax.value_and_grad(loss, (0, 1)))
+            .lower(x, weights)
+            .as_text()
+            .count("stablehlo.dot_general")
+        )
 
     assert products(None) == 6
     assert products(tuple(stack[3:])) == 7
