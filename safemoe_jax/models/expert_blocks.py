@@ -72,8 +72,8 @@ def choose_block_rows(n_pairs: int, n_experts: int) -> tuple[int, ...]:
     """Rows of the blocks, largest first, from an expert's mean share of the rows.
 
     Measured: fewer than 8 rows cost the same as 8; 64 rows run on little more than one core, 256 on two. With
-    so many, more sizes pay: most experts are one block, and little is padded (the experts take 10 % less
-    time). Every size is one more loop to compile.
+    so many, more sizes pay: most experts are one block, and little is padded. Every size is one more loop to
+    compile.
     """
     share = max(1, n_pairs // n_experts)
     rows = min(256, max(8, 1 << (share.bit_length() - 1)))
