@@ -1,4 +1,4 @@
-"""Runs whose base is held in 8 bits: by the command, from a model in memory, interrupted, exported, refused."""
+"""Runs whose base is held in 8 bits: by the command, from memory, interrupted, exported, refused."""
 
 from __future__ import annotations
 
@@ -55,9 +55,8 @@ def whole(world: World, tmp_path_factory) -> Path:
 def test_the_adapter_is_one_that_peft_loads(world, whole, tmp_path):
     floats = finetune(run_config(world, tmp_path / "floats", quantisation=None)).run_dir
     theirs, ours = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (floats, whole))
-    assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {
-        k: (v.shape, v.dtype) for k, v in theirs.items()
-    }
+    shapes = [{name: (v.shape, v.dtype) for name, v in found.items()} for found in (theirs, ours)]
+    assert shapes[0] == shapes[1]
     assert any(np.abs(ours[name] - theirs[name]).max() > 0 for name in ours)
     configs = [json.loads((run / "adapter" / "adapter_config.json").read_text()) for run in (floats, whole)]
     assert configs[0] == configs[1]
@@ -104,9 +103,8 @@ def test_the_merged_export_has_the_checkpoint_s_own_weights(world, whole, tmp_pa
     for name, value in floats.params.items():
         if "q_proj" not in name and "v_proj" not in name:
             np.testing.assert_array_equal(merged.params[name], value, err_msg=name)
-    copied, trained = (
-        load_file(f / "adapter_model.safetensors") for f in (tmp_path / "adapter", whole / "adapter")
-    )
+    folders = (tmp_path / "adapter", whole / "adapter")
+    copied, trained = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert copied.keys() == trained.keys()
     for name, value in trained.items():
         np.testing.assert_array_equal(copied[name], value, err_msg=name)
@@ -116,11 +114,8 @@ def test_a_reference_of_the_floats_or_of_the_rounded_model_is_right_and_of_anoth
     """The run of `whole` has one of the floats."""
     rounded = load_pretrained(world.model, quantisation="int8")
     floats = read_reference(world.reference).model_fingerprint
-    assert (
-        fingerprint_folder(world.model, rounded.config)
-        == floats
-        != fingerprint(rounded.config, rounded.params)
-    )
+    assert fingerprint_folder(world.model, rounded.config) == floats
+    assert fingerprint(rounded.config, rounded.params) != floats
     file, prompts = tmp_path / "rounded.safetensors", tmp_path / "prompts.jsonl"
     prompts.write_text('{"instruction": "Say alder"}\n')
     arguments = ["--model", str(world.model), "--output", str(file), "--prompts.path", str(prompts)]
@@ -128,10 +123,8 @@ def test_a_reference_of_the_floats_or_of_the_rounded_model_is_right_and_of_anoth
     config = run_config(world, tmp_path / "run", steps=1)
     config = dataclasses.replace(config, defence=dataclasses.replace(config.defence, reference=str(file)))
     finetune(config)
-    for wrong in ("int4-64", None):
-        other = dataclasses.replace(config, output=str(tmp_path / "refused"), quantisation=wrong)
-        with pytest.raises(InputError):
-            finetune(other)
+    with pytest.raises(InputError, match=r"another model \(weights\)"):
+        finetune(dataclasses.replace(config, output=str(tmp_path / "refused"), quantisation=None))
     changed = load_pretrained(world.model)
     changed.params["final_norm.scale"] = changed.params["final_norm.scale"] * 1.5
     changed.save_pretrained(tmp_path / "other")
