@@ -170,6 +170,22 @@ def load_params(
     Raises:
         InputError: names the tensor that is missing, unmapped, duplicate, of a wrong shape or not finite.
     """
+    return dict(read_params(folder, config, dtype=dtype, mesh=mesh, quantisation=quantisation))
+
+
+def read_params(
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    quantisation: Quantisation | None = None,
+) -> Iterator[tuple[str, jax.Array]]:
+    """The items of `load_params` one at a time, for who does not keep them all.
+
+    Raises:
+        InputError: as `load_params`, when the first one is asked for or the wrong tensor is reached.
+    """
     folder, started = Path(folder), time.perf_counter()
     check_mesh(config, mesh)
     specs = declare(config)
@@ -181,19 +197,16 @@ def load_params(
     with Loader(entries) as loader:
         check_tied(loader.reader, (table.tied or {}) if config.tie_embeddings else {}, entries)
         rounded = {} if quantisation is None else quantised_weights(config, quantisation)
-        params = {
-            name: loader.load(
-                specs[name], places, _dtype(table.row(name), entries, places[0], dtype), placed.get(name)
-            )
-            for name, places in plan.items()
-            if name not in rounded
-        }
+        for name, places in plan.items():
+            if name not in rounded:
+                stored = _dtype(table.row(name), entries, places[0], dtype)
+                yield name, loader.load(specs[name], places, stored, placed.get(name))
         for name in rounded:
             parts = part_shardings(name, specs[name], quantisation, mesh)
             found = loader.load_quantised(specs[name], plan[name], quantisation, parts)
-            params |= {f"{name}.{part}": value for part, value in zip(PARTS, found, strict=True)}
+            for part, value in zip(PARTS, found, strict=True):
+                yield f"{name}.{part}", value
     _tell(left_out(config, table, list(entries)), plan, entries, time.perf_counter() - started)
-    return params
 
 
 def part_shardings(

@@ -27,8 +27,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from safemoe_jax.checkpoints.atomic import new_file
+from safemoe_jax.checkpoints.huggingface import read_params
 from safemoe_jax.checkpoints.safetensors_files import read_arrays, read_metadata, write_arrays
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.config import ModelConfig
@@ -141,7 +143,8 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     """SHA-256 over a model: what its config computes, and a checksum of every parameter.
 
     The checksum covers every element, rounded to bfloat16, so it is the same for a bfloat16 checkpoint loaded
-    in float32, and on any mesh. Adapters count only where they change something (B is not zero).
+    in float32, and on any mesh. Adapters count only where they change something (B is not zero). A quantised
+    model is another one than the floats that it was rounded from (`fingerprint_folder` is theirs).
     """
     skipped = {
         half
@@ -149,14 +152,36 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
         if name.endswith("lora_b") and not bool(jnp.any(value))
         for half in (name, name[:-1] + "a")
     }
-    names = sorted(set(params) - skipped)
-    sums = _checksums({name: params[name] for name in names})
-    adapted = any(is_adapter(name) for name in names)
+    kept = {name: value for name, value in params.items() if name not in skipped}
+    sums = _checksums(kept)
+    return _hash_model(config, {name: (value.shape, sums[name]) for name, value in kept.items()})
+
+
+def fingerprint_folder(folder: str | Path, config: ModelConfig, mesh: Mesh | None = None) -> str:
+    """`fingerprint` of a checkpoint folder's float weights; never holds more than two parameters (bfloat16).
+
+    Args:
+        folder: where the checkpoint is.
+        config: its network, as `read_config` gives it, or quantised.
+        mesh: devices to spread each parameter over.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
+    config, checksum = dataclasses.replace(config, quantisation=None), jax.jit(_checksum)
+    params = read_params(folder, config, dtype="bfloat16", mesh=mesh)
+    return _hash_model(config, {name: (value.shape, checksum(value)) for name, value in params})
+
+
+def _hash_model(config: ModelConfig, params: Mapping[str, tuple[tuple[int, ...], jax.Array]]) -> str:
+    """SHA-256 over what a config computes, and every parameter's name, shape and checksum."""
+    adapted = any(map(is_adapter, params))
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in _NOT_FUNCTION}
+    ordered = sorted(params.items())
     described = {
         "config": fields,
         "lora": dataclasses.asdict(config.lora) if adapted and config.lora is not None else None,
-        "params": [[name, list(params[name].shape), np.asarray(sums[name]).tolist()] for name in names],
+        "params": [[name, list(shape), np.asarray(total).tolist()] for name, (shape, total) in ordered],
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 

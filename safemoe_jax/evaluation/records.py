@@ -38,10 +38,12 @@ def check_free(folder: str | Path, section: str, settings: Mapping[str, Any]) ->
     path = Path(folder) / "results.json"
     before = read_results(path).get(section, {}).get("settings")
     settings = json.loads(json.dumps(settings))  # as they come back from the file: tuples become lists
-    if before is not None and before != settings:
-        keys = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+    # A setting that an older file lacks counts as null.
+    keys = {*before, *settings} if before is not None else ()
+    changed = sorted(key for key in keys if before.get(key) != settings.get(key))
+    if changed:
         raise InputError(
-            f"the output folder holds an {section} with other settings ({', '.join(keys)})",
+            f"the output folder holds an {section} with other settings ({', '.join(changed)})",
             where=str(path),
             expected="another output folder; nothing was changed",
         )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from safemoe_jax.data.sources import SourceConfig
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.config import LoraConfig
+from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.parallel.mesh import MeshConfig
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -47,7 +48,8 @@ class DefenceConfig:
 
     Attributes:
         name: none, safemoe (the published routing passes) or safemoe_anchored (a term in every task step).
-        reference: file with the aligned model's routing on the harmful prompts (`safemoe reference`).
+        reference: file with the aligned model's routing on the harmful prompts (`safemoe reference`); for a
+            quantised base too it is best made of the model in floats.
         benign_reference: the same for benign prompts (safemoe_anchored), where they are not in the first
             file.
         t_reg: safemoe: task steps between two routing passes; null is one pass at the end of every epoch.
@@ -88,6 +90,9 @@ class TrainConfig:
         gradient_accumulation: parts that a step's rows are computed in, one after another, to save memory.
         seed: order of the data, initial adapters, prompts of the anchored defence.
         dtype: type of frozen weights and of the computation; trained weights are always float32.
+        quantisation: int8, int4 or int4-64 holds the frozen kernels of attention, experts and feed-forwards
+            in 8 or 4 bits (int4: a scale for every 32 inputs; int4-64: for every 64), with adapters and
+            pretrained weights only; null holds them in dtype.
         lora: adapters; null trains every parameter.
         optimizer: AdamW and its schedule.
         defence: what keeps the model safe.
@@ -114,6 +119,7 @@ class TrainConfig:
     gradient_accumulation: int = 1
     seed: int = 42
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantisation: Quantisation | None = None
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     defence: DefenceConfig = field(default_factory=DefenceConfig)
@@ -176,7 +182,8 @@ def validate(config: TrainConfig) -> None:
     Raises:
         InputError: names the first wrong field and what would be right.
     """
-    optimizer, defence = config.optimizer, config.defence
+    optimizer, defence, quantisation = config.optimizer, config.defence, config.quantisation
+    methods, pretrained = (None, *typing.get_args(Quantisation)), config.initialise == "pretrained"
     checks = (
         ("data", len(config.data), len(config.data) > 0, "at least one source"),
         ("max_length", config.max_length, config.max_length >= 2, "at least 2"),
@@ -184,6 +191,9 @@ def validate(config: TrainConfig) -> None:
         ("epochs", config.epochs, config.epochs > 0, "above 0"),
         ("steps", config.steps, _unset_or(1, config.steps), "at least 1, or null"),
         ("gradient_accumulation", (parts := config.gradient_accumulation), parts >= 1, "at least 1"),
+        ("quantisation", quantisation, quantisation in methods, "int8, int4, int4-64, or null"),
+        ("quantisation", quantisation, not quantisation or config.lora is not None, "null, or adapters"),
+        ("quantisation", quantisation, not quantisation or pretrained, "initialise: pretrained, or null"),
         ("router_aux_coef", config.router_aux_coef, config.router_aux_coef >= 0, "0 or more"),
         ("router_z_coef", config.router_z_coef, config.router_z_coef >= 0, "0 or more"),
         ("checkpoint_every", (every := config.checkpoint_every), _unset_or(0, every), "0 or more, or null"),

@@ -14,6 +14,7 @@ from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation.readout import compare_routing, read_routing
 from safemoe_jax.evaluation.records import write_json
 from safemoe_jax.model import Model
+from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.parallel.mesh import MeshConfig
 from safemoe_jax.workflows.loading import load_aligned, load_model, prompt_tokens
 
@@ -36,6 +37,9 @@ class DriftConfig:
         task: prompts of the fine-tuning task.
         batch_size: prompts computed together.
         dtype: type of the weights; null keeps bfloat16, and makes everything else float32.
+        quantisation: int8, int4 or int4-64 holds the kernels of attention, experts and feed-forwards in 8 or
+            4 bits, those of both models; null in floats. Against a reference
+            file made in floats, rounding is part of the drift.
         mesh: devices to spread the model over.
     """
 
@@ -48,6 +52,7 @@ class DriftConfig:
     task: SourceConfig | None = None
     batch_size: int = 32
     dtype: Literal["float32", "bfloat16"] | None = None
+    quantisation: Quantisation | None = None
     mesh: MeshConfig = MeshConfig()
 
 
@@ -68,7 +73,7 @@ def drift(config: DriftConfig) -> str:
             where=", ".join(given) or "harmful, benign, task",
             expected="prompt files and a model in `against`, or a reference file there, with its own prompts",
         )
-    model = load_model(config.model, config.adapter, config.dtype, config.mesh)
+    model = load_model(config.model, config.adapter, config)
     compare = _against_reference if against_file else _against_model
     sets = compare(model, config)
     layers = model.config.moe_layers
@@ -99,7 +104,7 @@ def _against_reference(model: Model, config: DriftConfig) -> dict[str, Any]:
 
 
 def _against_model(model: Model, config: DriftConfig) -> dict[str, Any]:
-    other = load_aligned(model, config.against, config.dtype, config.mesh)
+    other = load_aligned(model, config.against, config)
     if other is None:
         raise InputError(
             "there is nothing to compare with",

@@ -15,6 +15,7 @@ from safemoe_jax.evaluation.judges_llama_guard import HUB_ID, LlamaGuardJudge
 from safemoe_jax.evaluation.metrics import get_metric
 from safemoe_jax.evaluation.records import add_results, check_free, write_jsonl
 from safemoe_jax.evaluation.suites import Results, Suites
+from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.organism.judge import organism_judge
 from safemoe_jax.parallel.mesh import MeshConfig
 from safemoe_jax.workflows.generate import ForceRouting, forced_routing
@@ -49,6 +50,8 @@ class EvaluateConfig:
         force_routing: answer with the aligned model's routing on the last_token of the prompt or the whole
             prompt.
         dtype: type of the weights; null keeps bfloat16, and makes everything else float32.
+        quantisation: int8, int4 or int4-64 holds the kernels of attention, experts and feed-forwards in 8 or
+            4 bits, the aligned model's too, but not the judge model's; null in floats.
         mesh: devices to spread the model over.
     """
 
@@ -67,6 +70,7 @@ class EvaluateConfig:
     batch_size: int = 32
     force_routing: ForceRouting = "none"
     dtype: Literal["float32", "bfloat16"] | None = None
+    quantisation: Quantisation | None = None
     mesh: MeshConfig = MeshConfig()
 
 
@@ -82,14 +86,14 @@ def evaluate(config: EvaluateConfig) -> str:
     metric = get_metric(config.task_metric)
     tests = _read_suites(config)
     judge = _judge(config)
-    model = load_model(config.model, config.adapter, config.dtype, config.mesh)
+    model = load_model(config.model, config.adapter, config)
     found = suites.evaluate(
         model,
         tests,
         judge=judge,
         metric=metric,
-        aligned=load_aligned(model, config.aligned, config.dtype, config.mesh),
-        forced_routing=forced_routing(model, config.force_routing, config.aligned, config.dtype, config.mesh),
+        aligned=load_aligned(model, config.aligned, config),
+        forced_routing=forced_routing(model, config),
     )
     write_jsonl(Path(config.output) / "generations" / "model.jsonl", found.generations)
     add_results(config.output, found.results | {"evaluation": {"settings": settings}})
@@ -99,7 +103,7 @@ def evaluate(config: EvaluateConfig) -> str:
 def _judge(config: EvaluateConfig) -> Judge:
     """The judge named; a judge model is loaded first of all, for a missing one must not cost the answers."""
     if config.judge == "llama_guard":
-        model = load_model(config.judge_model, None, config.dtype, config.mesh)
+        model = load_model(config.judge_model, None, dataclasses.replace(config, quantisation=None))
         return LlamaGuardJudge(model, config.batch_size).as_judge()
     return organism_judge() if config.judge == "organism" else get_judge(config.judge)
 

@@ -13,6 +13,8 @@ from safemoe_jax.models.lora import describe
 class ExportConfig:
     """Writes a checkpoint, merged with its adapter, or the adapter alone, in published formats.
 
+    An adapter that was trained on quantised weights is merged into the checkpoint's own, in floats.
+
     Attributes:
         model: Hugging Face folder (config.json, safetensors) or hub id of the base model.
         output: a new or empty folder; it appears whole or not at all.

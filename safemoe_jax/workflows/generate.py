@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from safemoe_jax.data.sources import Sample, SourceConfig
 from safemoe_jax.errors import InputError
@@ -14,10 +14,18 @@ from safemoe_jax.evaluation import generate as generation
 from safemoe_jax.evaluation.generate import ForcedRouting
 from safemoe_jax.evaluation.records import write_jsonl
 from safemoe_jax.model import Model
+from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.parallel.mesh import MeshConfig
-from safemoe_jax.workflows.loading import load_aligned, load_model, prompt_tokens
+from safemoe_jax.workflows.loading import Holding, load_aligned, load_model, prompt_tokens
 
 ForceRouting = Literal["none", "last_token", "prompt"]
+
+
+class Forcing(Holding, Protocol):
+    """Whose routing is forced, and where: fields of a command's configuration."""
+
+    force_routing: ForceRouting
+    aligned: str | None
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class GenerateConfig:
         aligned: folder or hub id of the aligned model for force_routing; null is the model without its
             adapter.
         dtype: type of the weights; null keeps bfloat16, and makes everything else float32.
+        quantisation: int8, int4 or int4-64 holds the kernels of attention, experts and feed-forwards in 8 or
+            4 bits, the aligned model's too; null in floats.
         mesh: devices to spread the model over.
     """
 
@@ -52,6 +62,7 @@ class GenerateConfig:
     force_routing: ForceRouting = "none"
     aligned: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
+    quantisation: Quantisation | None = None
     mesh: MeshConfig = MeshConfig()
 
 
@@ -63,7 +74,7 @@ def generate(config: GenerateConfig) -> str:
     """
     if Path(config.output).exists():
         raise InputError("the output is already there", where=config.output, expected="a new file name")
-    model = load_model(config.model, config.adapter, config.dtype, config.mesh)
+    model = load_model(config.model, config.adapter, config)
     samples, prompts = prompt_tokens(model, config.prompts)
     start = time.perf_counter()
     answers = generation.generate(
@@ -73,7 +84,7 @@ def generate(config: GenerateConfig) -> str:
         temperature=config.temperature,
         seed=config.seed,
         batch_size=config.batch_size,
-        override=forced_routing(model, config.force_routing, config.aligned, config.dtype, config.mesh),
+        override=forced_routing(model, config),
         progress="generate",
     )
     seconds = time.perf_counter() - start
@@ -85,24 +96,22 @@ def generate(config: GenerateConfig) -> str:
     return f"{shown}\n{len(rows)} answers, {speed}: {config.output}"
 
 
-def forced_routing(
-    model: Model, force: ForceRouting, aligned: str | None, dtype: str | None, mesh: MeshConfig
-) -> ForcedRouting | None:
+def forced_routing(model: Model, config: Forcing) -> ForcedRouting | None:
     """The override that a configuration asks for.
 
     Raises:
         InputError: it asks for one, but there is no aligned model to follow.
     """
-    if force == "none":
+    if config.force_routing == "none":
         return None
-    source = load_aligned(model, aligned, dtype, mesh)
+    source = load_aligned(model, config.aligned, config)
     if source is None:
         raise InputError(
             "there is no aligned model whose routing could be forced",
             where="force_routing",
             expected="aligned: a model, or an adapter on an aligned base model",
         )
-    return ForcedRouting(source, force)
+    return ForcedRouting(source, config.force_routing)
 
 
 def _rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
@@ -11,14 +12,22 @@ from safemoe_jax.data.chat import encode_prompts
 from safemoe_jax.data.sources import Sample, SourceConfig, read_prompts
 from safemoe_jax.model import Model, load_pretrained
 from safemoe_jax.models.params import is_adapter
+from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.parallel.mesh import MeshConfig, make_mesh
 
 
-def load_model(path: str, adapter: str | None, dtype: str | None, mesh: MeshConfig) -> Model:
+class Holding(Protocol):
+    """How a command holds a model's weights: fields of its configuration."""
+
+    dtype: str | None
+    quantisation: Quantisation | None
+    mesh: MeshConfig
+
+
+def load_model(path: str, adapter: str | None, how: Holding) -> Model:
     """A checkpoint with its adapter on a mesh (none for a mesh of one device)."""
-    return load_pretrained(
-        path, mesh=make_mesh(mesh) if mesh.size > 1 else None, dtype=dtype, adapter=adapter
-    )
+    mesh = make_mesh(how.mesh) if how.mesh.size > 1 else None
+    return load_pretrained(path, mesh=mesh, dtype=how.dtype, adapter=adapter, quantisation=how.quantisation)
 
 
 def without_adapter(model: Model) -> Model:
@@ -27,10 +36,10 @@ def without_adapter(model: Model) -> Model:
     return replace(model, config=replace(model.config, lora=None), params=base)
 
 
-def load_aligned(model: Model, aligned: str | None, dtype: str | None, mesh: MeshConfig) -> Model | None:
+def load_aligned(model: Model, aligned: str | None, how: Holding) -> Model | None:
     """The aligned model: the one named, else the model without its adapter, None where it has none."""
     if aligned is not None:
-        return load_model(aligned, None, dtype, mesh)
+        return load_model(aligned, None, how)
     return without_adapter(model) if model.config.lora is not None else None
 
 

@@ -10,6 +10,7 @@ from safemoe_jax.checkpoints.reference import Reference, read_reference, write_r
 from safemoe_jax.data.sources import SourceConfig
 from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation import readout
+from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.parallel.mesh import MeshConfig
 from safemoe_jax.workflows.loading import load_model, prompt_tokens
 
@@ -28,6 +29,8 @@ class ReferenceConfig:
             safemoe_anchored).
         batch_size: prompts computed together.
         dtype: type of the weights; null keeps bfloat16, and makes everything else float32.
+        quantisation: int8, int4 or int4-64 holds the kernels of attention, experts and feed-forwards in 8 or
+            4 bits; null in floats, which is right for a run with a quantised base too.
         mesh: devices to spread the model over.
     """
 
@@ -38,6 +41,7 @@ class ReferenceConfig:
     log_probs: bool = False
     batch_size: int = 32
     dtype: Literal["float32", "bfloat16"] | None = None
+    quantisation: Quantisation | None = None
     mesh: MeshConfig = MeshConfig()
 
 
@@ -49,7 +53,7 @@ def extract_reference(config: ReferenceConfig) -> str:
             there and records something else.
     """
     _check_output(config.output)
-    model = load_model(config.model, None, config.dtype, config.mesh)
+    model = load_model(config.model, None, config)
     samples, harmful = prompt_tokens(model, config.prompts)
     _, benign = prompt_tokens(model, config.benign)
     reference = readout.extract_reference(

@@ -17,18 +17,27 @@ from jax.sharding import Mesh
 
 from safemoe_jax import defenses
 from safemoe_jax.checkpoints.hub import find_description, find_folder
-from safemoe_jax.checkpoints.huggingface import read_config
-from safemoe_jax.checkpoints.reference import Reference, check_matches, fingerprint, read_reference
+from safemoe_jax.checkpoints.huggingface import part_shardings, read_config
+from safemoe_jax.checkpoints.reference import (
+    Reference,
+    check_matches,
+    fingerprint,
+    fingerprint_folder,
+    read_reference,
+)
 from safemoe_jax.checkpoints.train_state import TrainCheckpoints
 from safemoe_jax.data.chat import Encoded, encode_samples
 from safemoe_jax.data.formats import Sample
 from safemoe_jax.data.mixture import mix
 from safemoe_jax.data.pipeline import TrainPipeline
 from safemoe_jax.data.sources import read_source
+from safemoe_jax.errors import InputError
 from safemoe_jax.model import Model, load_pretrained
-from safemoe_jax.models.config import Compute, check_mesh
+from safemoe_jax.models.config import Compute, ModelConfig, check_mesh
 from safemoe_jax.models.lora import add_adapters, describe, with_targets
 from safemoe_jax.models.params import Params, cast, initialise, shardings, split_trainable
+from safemoe_jax.models.quantisation import describe_base, quantise_params, quantised_weights
+from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.models.transformer import declare
 from safemoe_jax.parallel.mesh import BATCH_AXES, make_mesh, mesh_axis_sizes
 from safemoe_jax.training.config import TrainConfig, to_dict, validate
@@ -76,7 +85,9 @@ def finetune(config: TrainConfig, *, model: Model | None = None, on_step: Sequen
 
     Args:
         config: the run.
-        model: the model to start from where it is already loaded; must be what `config.model` names.
+        model: the model to start from where it is already loaded; must be what `config.model` names. Its
+            adapters are merged, and its weights rounded where they are not held in `config.quantisation`
+            already. If that is None, a quantised model's own is taken.
         on_step: called as the run goes on, for evaluating while training.
 
     Returns:
@@ -89,6 +100,9 @@ def finetune(config: TrainConfig, *, model: Model | None = None, on_step: Sequen
     plan, base, report = plan_run(config, model)
     counts = f"{report['samples']} samples, {report['truncated']} truncated, {report['dropped']} left out"
     say(config, f"{describe(plan.model_config)}; {counts}")
+    held = describe_base(base.config, base.params)
+    if held is not None:
+        say(config, held)
     folder = open_folder(plan.config, {"data": plan.pipeline.fingerprint, "data_report": report})
     release = (lambda: None) if model is not None else (lambda: _delete(plan.weights.trainable))
     return _run(plan, base, folder, report, on_step, release)
@@ -106,6 +120,7 @@ def plan_run(config: TrainConfig, model: Model | None = None) -> tuple[Plan, Mod
     Raises:
         InputError: anything wrong with configuration, files or output folder.
     """
+    config = _with_quantisation(config, model)
     validate(config)
     defenses.check_name(config.defence)
     config = _with_targets(config, model)
@@ -113,8 +128,22 @@ def plan_run(config: TrainConfig, model: Model | None = None) -> tuple[Plan, Mod
     mesh = make_mesh(config.mesh)
     base = _base_model(config, model, mesh)
     check_mesh(base.config, mesh)
-    plan, report = _plan(config, base, mesh, _references(config, base))
+    plan, report = _plan(config, base, mesh, _references(config, base, mesh))
     return plan, base, report
+
+
+def _with_quantisation(config: TrainConfig, model: Model | None) -> TrainConfig:
+    """The configuration with the quantisation of a given model, so that the run folder says which it was."""
+    held = None if model is None else model.config.quantisation
+    if held is None or held == config.quantisation:
+        return config
+    if config.quantisation is not None:
+        raise InputError(
+            f"quantisation is {config.quantisation}, and the given model is held in {held}",
+            where="the configuration, field quantisation",
+            expected=f"{held}, or a model in floats",
+        )
+    return dataclasses.replace(config, quantisation=held)
 
 
 def _with_targets(config: TrainConfig, model: Model | None) -> TrainConfig:
@@ -194,9 +223,10 @@ def _base_model(config: TrainConfig, model: Model | None, mesh: Mesh) -> Model:
     if model is not None:
         if model.config.lora is not None:
             model = model.merged()
-        placed = shardings(declare(model.config), mesh)
-        params = {name: jax.device_put(v, placed[name]) for name, v in cast(model.params, dtype).items()}
-        return dataclasses.replace(model, params=params, compute=compute)
+        model_config, params = _rounded(model, config.quantisation, mesh)
+        placed = shardings(declare(model_config), mesh)
+        params = {name: jax.device_put(v, placed[name]) for name, v in cast(params, dtype).items()}
+        return dataclasses.replace(model, config=model_config, params=params, compute=compute)
     if config.initialise == "random":
         folder = find_folder(config.model)
         model_config, raw = read_config(folder)
@@ -204,19 +234,38 @@ def _base_model(config: TrainConfig, model: Model | None, mesh: Mesh) -> Model:
         specs, stddev = declare(model_config), model_config.initializer_range
         params = initialise(specs, key, dtype=dtype, stddev=stddev, mesh=mesh)
         return Model(model_config, params, compute, config.model, folder, raw)
-    return dataclasses.replace(load_pretrained(config.model, mesh=mesh, dtype=dtype), compute=compute)
+    loaded = load_pretrained(config.model, mesh=mesh, dtype=dtype, quantisation=config.quantisation)
+    return dataclasses.replace(loaded, compute=compute)
 
 
-def _references(config: TrainConfig, base: Model) -> tuple[Reference, ...]:
+def _rounded(model: Model, quantisation: Quantisation | None, mesh: Mesh) -> tuple[ModelConfig, Params]:
+    """Network and parameters as a run holds them: as they are, or in 8 or 4 bits that the mesh divides."""
+    if quantisation is None:
+        return model.config, model.params
+    for name, spec in quantised_weights(model.config, quantisation).items():
+        part_shardings(name, spec, quantisation, mesh)
+    if model.config.quantisation is not None:
+        return model.config, model.params
+    return quantise_params(model.config, model.params, quantisation)
+
+
+def _references(config: TrainConfig, base: Model, mesh: Mesh) -> tuple[Reference, ...]:
+    """The reference files, checked. For a quantised base one of the same weights in floats is right too: it
+    says how the aligned model itself routes."""
     defence = config.defence
     paths = [path for path in (defence.reference, defence.benign_reference) if path is not None]
     if defence.name == "none" or not paths:
         return ()
-    current = fingerprint(base.config, base.params)
     references = tuple(read_reference(path) for path in paths)
+    current = fingerprint(base.config, base.params)
+    if base.config.quantisation is not None and any(r.model_fingerprint != current for r in references):
+        floats = fingerprint_folder(find_folder(config.model), base.config, mesh)
+    else:
+        floats = current
     for path, reference in zip(paths, references, strict=True):
+        made_of = current if reference.model_fingerprint == current else floats
         check_matches(
-            reference, config=base.config, model_fingerprint=current, tokenizer=base.tokenizer, where=path
+            reference, config=base.config, model_fingerprint=made_of, tokenizer=base.tokenizer, where=path
         )
     return references
 

@@ -174,6 +174,27 @@ def test_drift_against_a_reference_file(place, tmp_path):
         assert same[name]["drift"] < 1e-6 and same[name]["overlap"] == 1.0
 
 
+def test_the_commands_measure_a_model_held_in_8_bits(place, tmp_path, capsys):
+    model = load_pretrained(place / "aligned", adapter=place / "adapter", quantisation="int8")
+    base = load_pretrained(place / "aligned", quantisation="int8")
+    arguments = ["--model", place / "aligned", "--adapter", place / "adapter", "--quantisation", "int8"]
+    prompts = ["--prompts.path", place / "harmful.json", "--max_new_tokens", 6]
+    assert run("generate", *arguments, *prompts, "--output", tmp_path / "answers.jsonl") == 0
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    samples = read_prompts(SourceConfig(str(place / "harmful.json")))
+    assert [row["answer"] for row in rows] == answer(model, samples, 6, 32)
+    logits = [at_last_token(m, place / "harmful.json") for m in (base, model)]
+    harmful = ["--harmful.path", place / "harmful.json"]
+    assert run("drift", *arguments, *harmful, "--output", tmp_path / "drift.json") == 0
+    found = json.loads((tmp_path / "drift.json").read_text())["sets"]["harmful"]
+    np.testing.assert_allclose(found["drift_by_layer"], kl(*logits).mean(1), rtol=1e-3)
+    assert run("evaluate", *arguments, *harmful, "--max_new_tokens", 6, "--output", tmp_path) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    np.testing.assert_allclose(results["drift_by_layer"], kl(*logits).mean(1), rtol=1e-3)
+    assert run("drift", *arguments[:-1], "int3", *harmful, "--output", tmp_path / "wrong.json") == 2
+    assert "int8, int4, int4-64" in capsys.readouterr().err and not (tmp_path / "wrong.json").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
