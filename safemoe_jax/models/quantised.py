@@ -216,11 +216,6 @@ def _multiply_backward(product: Callable, saved: tuple, d_y: jax.Array) -> tuple
 multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
-def nbytes(quantised: Quantised) -> int:
-    """Bytes of values and scales."""
-    return sum(part.nbytes for part in quantised)
-
-
 def _rounded(weights: jax.Array, scales: jax.Array, limit: int) -> jax.Array:
     """Whole numbers from -limit to limit, float32; all 0 where the scale is 0."""
     return jnp.clip(jnp.round(weights / jnp.where(scales > 0, scales, 1.0)), -limit, limit)

@@ -8,31 +8,18 @@ import pytest
 
 from safemoe_jax.errors import InputError
 from safemoe_jax.model import Model, load_pretrained
-from safemoe_jax.models import LoraConfig, ModelConfig, declare, initialise
+from safemoe_jax.models import LoraConfig
 from safemoe_jax.models.lora import add_adapters
 from safemoe_jax.models.quantisation import quantise_params
+from tests.models.quantisable import OLMOE, drawn
 
-CONFIG = ModelConfig(
-    family="olmoe",
-    vocab_size=64,
-    d_model=64,
-    n_layers=3,
-    n_heads=2,
-    n_kv_heads=2,
-    head_dim=32,
-    norm_eps=1e-5,
-    n_experts=4,
-    top_k=2,
-    expert_dim=64,
-    qk_norm="full",
-)
 TOKENS = np.arange(12, dtype=np.int32)[None]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "float"
-    Model(CONFIG, initialise(declare(CONFIG), jax.random.key(0), stddev=0.2)).save_pretrained(path)
+    Model(OLMOE, drawn()).save_pretrained(path)
     return path
 
 

@@ -29,22 +29,9 @@ from safemoe_jax.models.quantisation import (
     quantise_params,
     quantised_weights,
 )
+from tests.models.quantisable import OLMOE, drawn
 
 METHODS = ("int8", "int4", "int4-64")
-OLMOE = ModelConfig(
-    family="olmoe",
-    vocab_size=96,
-    d_model=64,
-    n_layers=3,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=32,
-    norm_eps=1e-3,
-    n_experts=6,
-    top_k=2,
-    expert_dim=64,
-    qk_norm="full",
-)
 LATENT = replace(
     OLMOE,
     family="deepseek_v2",
@@ -56,10 +43,6 @@ LATENT = replace(
 BIASED = replace(OLMOE, family="gpt_oss", activation="clamped", expert_bias=True, attention_bias=True)
 NETWORKS = {"olmoe": OLMOE, "latent": LATENT, "biased": BIASED}
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 20)), jnp.int32)
-
-
-def drawn(config: ModelConfig) -> dict[str, jax.Array]:
-    return initialise(declare(config), jax.random.key(0), stddev=0.2)
 
 
 def logits_and_gradient(config: ModelConfig, weights: Weights, kernel: str) -> tuple[jax.Array, dict]:
