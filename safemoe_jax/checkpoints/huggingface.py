@@ -178,9 +178,10 @@ def load_params(
     plan = resolve(config, table, specs, {name: entry.shape for name, entry in entries.items()}, str(folder))
     check_scales(entries)
     placed = shardings(specs, mesh) if mesh is not None else {}
+    chosen = {} if quantisation is None else quantised_weights(config, quantisation)
+    rounded = {name: part_shardings(name, specs[name], quantisation, mesh) for name in chosen}
     with Loader(entries) as loader:
         check_tied(loader.reader, (table.tied or {}) if config.tie_embeddings else {}, entries)
-        rounded = {} if quantisation is None else quantised_weights(config, quantisation)
         params = {
             name: loader.load(
                 specs[name], places, _dtype(table.row(name), entries, places[0], dtype), placed.get(name)
@@ -188,8 +189,7 @@ def load_params(
             for name, places in plan.items()
             if name not in rounded
         }
-        for name in rounded:
-            parts = part_shardings(name, specs[name], quantisation, mesh)
+        for name, parts in rounded.items():
             found = loader.load_quantised(specs[name], plan[name], quantisation, parts)
             params |= {f"{name}.{part}": value for part, value in zip(PARTS, found, strict=True)}
     _tell(left_out(config, table, list(entries)), plan, entries, time.perf_counter() - started)
