@@ -1,7 +1,7 @@
 """Hugging Face checkpoint folders, in and out, tensor by tensor. Only safetensors: a pickle runs code.
 
 Reading holds at most one stacked parameter on the host beside the parameters themselves (`reading`). With a
-mesh each process reads only the slices that its devices hold.
+mesh each process reads only the slices that its devices hold; of weights that it rounds, all inputs of them.
 """
 
 from __future__ import annotations
