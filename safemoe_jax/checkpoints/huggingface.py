@@ -1,7 +1,7 @@
 """Hugging Face checkpoint folders, in and out, tensor by tensor. Only safetensors: a pickle runs code.
 
 Reading holds at most one stacked parameter on the host beside the parameters themselves (`reading`). With a
-mesh each process reads only the slices that its devices hold.
+mesh each process reads only the slices that its devices hold; of weights that it rounds, all inputs of them.
 """
 
 from __future__ import annotations
@@ -194,15 +194,15 @@ def read_params(
     plan = resolve(config, table, specs, {name: entry.shape for name, entry in entries.items()}, str(folder))
     check_scales(entries)
     placed = shardings(specs, mesh) if mesh is not None else {}
+    chosen = {} if quantisation is None else quantised_weights(config, quantisation)
+    rounded = {name: part_shardings(name, specs[name], quantisation, mesh) for name in chosen}
     with Loader(entries) as loader:
         check_tied(loader.reader, (table.tied or {}) if config.tie_embeddings else {}, entries)
-        rounded = {} if quantisation is None else quantised_weights(config, quantisation)
         for name, places in plan.items():
             if name not in rounded:
                 stored = _dtype(table.row(name), entries, places[0], dtype)
                 yield name, loader.load(specs[name], places, stored, placed.get(name))
-        for name in rounded:
-            parts = part_shardings(name, specs[name], quantisation, mesh)
+        for name, parts in rounded.items():
             found = loader.load_quantised(specs[name], plan[name], quantisation, parts)
             for part, value in zip(PARTS, found, strict=True):
                 yield f"{name}.{part}", value

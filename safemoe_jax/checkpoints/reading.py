@@ -11,6 +11,7 @@ Legend: E experts, O outputs, I inputs, G groups of 32 inputs that share a scale
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -26,7 +27,7 @@ from safemoe_jax.checkpoints.safetensors_files import Entry, Reader, all_finite,
 from safemoe_jax.errors import InputError
 from safemoe_jax.families.tensor_table import PACK, SCALED, SCALES, Piece
 from safemoe_jax.models.params import ParamSpec
-from safemoe_jax.models.quantised import Int4, Int8, Quantisation, Quantised, quantise
+from safemoe_jax.models.quantised import Int4, Int8, Quantisation, Quantised, part_specs, quantise
 
 BLOCK_BYTES = 8 * 2**20
 THREADS = 8
@@ -81,10 +82,7 @@ class Loader:
         if sharding is None:
             share = self.read_share(places, [slice(0, n) for n in spec.shape], dtype)
             return self._put(share, [None])[0]
-        holders: dict[Bounds, list[jax.Device]] = {}
-        for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
-            bounds = tuple(part.indices(n)[:2] for part, n in zip(index, spec.shape, strict=True))
-            holders.setdefault(bounds, []).append(device)
+        holders = _holders(spec.shape, sharding)
         shares: list[jax.Array] = []
         for region, inside in regions(list(holders)).items():
             block = self.read_share(places, _slices(region), dtype)
@@ -104,8 +102,8 @@ class Loader:
     ) -> Quantised:
         """A stack of weights [R, ..., I, O] rounded to 8 or 4 bits layer by layer as it is read.
 
-        One layer is in float32 at a time. With several processes each reads the weight whole: a scale of 8
-        bits is made from all inputs of a channel.
+        One layer is in float32 at a time. In a sharding only this process's layers, experts and outputs are
+        read, of those all inputs: their scales lie on every device that has some of the inputs.
 
         Args:
             spec: the weight as it is declared without quantisation.
@@ -113,18 +111,46 @@ class Loader:
             quantisation: how it is rounded.
             shardings: where `values` and `scales` go; None for the default device.
         """
-        rounded = jax.jit(quantise, static_argnums=1)
-        layers = []
-        for layer in range(spec.shape[0]):
-            index = [slice(layer, layer + 1), *(slice(0, n) for n in spec.shape[1:])]
-            share = jnp.array(self.read_share(places, index, np.dtype(np.float32)))
-            layers.append([np.asarray(part) for part in rounded(share, quantisation)])
-        parts = [np.concatenate(part) for part in zip(*layers, strict=True)]
         kind = Int8 if quantisation == "int8" else Int4
         if shardings is None:
-            return kind(*map(jnp.asarray, parts))
-        placed = zip(parts, shardings, strict=True)
-        return kind(*(jax.make_array_from_callback(p.shape, s, lambda i, p=p: p[i]) for p, s in placed))
+            parts = self._read_rounded(places, [(0, n) for n in spec.shape], quantisation)
+            return kind(*(self._put(part, [None])[0] for part in parts))
+        shapes = [part.shape for part in part_specs(spec, quantisation)]
+
+        def with_all_inputs(share: Bounds) -> Bounds:
+            return (*share[:-2], (0, spec.shape[-2]), share[-1])
+
+        held = _holders(shapes[1], shardings[1])
+        home, blocks = {}, {}
+        for region, inside in regions(list(map(with_all_inputs, held))).items():
+            home |= dict.fromkeys(inside, region)
+            blocks[region] = self._read_rounded(places, region, quantisation)
+
+        def place(part: int) -> jax.Array:
+            def block(index: tuple[slice, ...]) -> np.ndarray:
+                share = _bounds(index, shapes[part])
+                region = home[with_all_inputs(share)]
+                return blocks[region][part][_slices(share, [start for start, _ in region])]
+
+            return jax.make_array_from_callback(shapes[part], shardings[part], block)
+
+        return kind(place(0), place(1))
+
+    def _read_rounded(
+        self, places: Sequence[Piece], region: Sequence[tuple[int, int]], quantisation: Quantisation
+    ) -> list[np.ndarray]:
+        """A block of a stack, all inputs of it, as `values` and `scales`."""
+        whole = jax.ShapeDtypeStruct([stop - start for start, stop in region], np.float32)
+        parts = jax.eval_shape(functools.partial(quantise, quantisation=quantisation), whole)
+        found = [_aligned(part.shape, part.dtype) for part in parts]
+        rounded = jax.jit(quantise, static_argnums=1)
+        (first, last), *inner = region
+        for layer in range(first, last):
+            index = _slices([(layer, layer + 1), *inner])
+            share = jnp.array(self.read_share(places, index, np.dtype(np.float32)))
+            for part, one in zip(found, rounded(share, quantisation), strict=True):
+                part[layer - first] = np.asarray(one)[0]
+        return found
 
     def _put(self, share: np.ndarray, devices: Sequence[jax.Device | None]) -> list[jax.Array]:
         """Moves a share to the first device and from there to the others.
@@ -159,9 +185,9 @@ class Loader:
 
     def _room(self, shape: Sequence[int], dtype: np.dtype, swapped: bool) -> np.ndarray:
         """Memory for a share: the buffer where JAX copies to transpose, new memory where it may keep it."""
-        nbytes = math.prod(shape) * dtype.itemsize
         if not swapped:
-            return _aligned(nbytes).view(dtype).reshape(shape)
+            return _aligned(shape, dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
         if nbytes > self._buffer.size:
             self._buffer = np.empty(0, np.uint8)  # the old one goes before the new one comes
             self._buffer = np.empty(nbytes, np.uint8)
@@ -173,16 +199,17 @@ def _replica(array: jax.Array, device: jax.Device) -> jax.Array:
     if device.platform != "cpu":
         return jax.block_until_ready(jax.device_put(array, device))
     # NumPy's new memory comes in large pages, JAX's in small ones: several times as fast to be written to.
-    memory = _aligned(array.nbytes).view(array.dtype).reshape(array.shape)
+    memory = _aligned(array.shape, array.dtype)
     copy(np.asarray(array.addressable_data(0)), memory)
     return jax.block_until_ready(jax.device_put(memory, device))
 
 
-def _aligned(nbytes: int) -> np.ndarray:
-    """Bytes at an address that JAX's CPU devices take over without a copy."""
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """New memory at an address that JAX's CPU devices take over without a copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + nbytes]
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def regions(shares: Sequence[Bounds]) -> dict[Bounds, Sequence[Bounds]]:
@@ -198,11 +225,23 @@ def regions(shares: Sequence[Bounds]) -> dict[Bounds, Sequence[Bounds]]:
     return {share: [share] for share in shares}
 
 
+def _holders(shape: Sequence[int], sharding: jax.sharding.Sharding) -> dict[Bounds, list[jax.Device]]:
+    """This process's different shares of a parameter, each with the devices that hold it."""
+    holders: dict[Bounds, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(tuple(shape)).items():
+        holders.setdefault(_bounds(index, shape), []).append(device)
+    return holders
+
+
+def _bounds(index: Sequence[slice], shape: Sequence[int]) -> Bounds:
+    return tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
+
+
 def _volume(bounds: Bounds) -> int:
     return math.prod(stop - start for start, stop in bounds)
 
 
-def _slices(bounds: Bounds, offset: Sequence[int] | None = None) -> tuple[slice, ...]:
+def _slices(bounds: Sequence[tuple[int, int]], offset: Sequence[int] | None = None) -> tuple[slice, ...]:
     offset = [0] * len(bounds) if offset is None else offset
     return tuple(slice(start - o, stop - o) for (start, stop), o in zip(bounds, offset, strict=True))
 

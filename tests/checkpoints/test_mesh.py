@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -75,17 +76,19 @@ def test_load_and_save_on_a_mesh(references, repository, tmp_path, sizes):
 
 # One of two processes: what it reads, against what its devices hold.
 ONE_OF_TWO = """
-import json, os, sys
+import json, math, os, sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from safemoe_jax.checkpoints import reading
 from safemoe_jax.checkpoints.huggingface import load_params, read_config
+from safemoe_jax.models import declare
 from safemoe_jax.parallel.mesh import MeshConfig, make_mesh
 
-folder = sys.argv[3]
+folder, sizes, quantisation = sys.argv[3], json.loads(sys.argv[4]), sys.argv[5] or None
 config, _ = read_config(folder)
-plain = {name: np.asarray(value) for name, value in load_params(folder, config).items()}
+whole = load_params(folder, config, quantisation=quantisation)
+plain = {name: np.asarray(value) for name, value in whole.items()}
 read, buffers = [], []
 preadv, read_share = os.preadv, reading.Loader.read_share
 def counted(*arguments):
@@ -95,12 +98,21 @@ def measured(*arguments):
     buffers.append(read_share(*arguments))
     return buffers[-1]
 os.preadv, reading.Loader.read_share = counted, measured
-params = load_params(folder, config, mesh=make_mesh(MeshConfig(**json.loads(sys.argv[4]))))
+params = load_params(folder, config, mesh=make_mesh(MeshConfig(**sizes)), quantisation=quantisation)
 held, equal = 0, True
 for name, array in params.items():
     held += sum({str(share.index): share.data.nbytes for share in array.addressable_shards}.values())
     equal &= all(np.array_equal(share.data, plain[name][share.index]) for share in array.addressable_shards)
+floats, needed = declare(config), 0
+for name, spec in floats.items():
+    # Of a rounded weight: the float32 numbers that its scales are made from, all inputs of them.
+    scales = params.get(f"{name}.scales")
+    found = params[name] if scales is None else scales
+    inputs = 1 if scales is None else spec.shape[-2] // scales.shape[-2]
+    shares = {str(share.index): share.data.size for share in found.addressable_shards}
+    needed += sum(shares.values()) * inputs * 4
 print(json.dumps({
+    "needed": needed, "file": sum(4 * math.prod(spec.shape) for spec in floats.values()),
     "equal": equal, "read": sum(read), "held": held, "all": sum(value.nbytes for value in plain.values()),
     "buffer": max(b.nbytes for b in buffers), "largest": max(value.nbytes for value in plain.values()),
 }))
@@ -114,18 +126,18 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    "sizes", [dict(fsdp=2, expert=2), dict(expert=2, tensor=2), dict(fsdp=4)], ids=["fsdp", "expert", "fsdp4"]
-)
-def test_each_process_reads_only_its_own_bytes(repository, tmp_path, sizes):
-    """Rows of 8 kB, half of each for either process: a gap of a page is where reading through it ends."""
+def load_in_two_processes(
+    repository: Path, folder: Path, sizes: dict[str, int], quantisation: str = ""
+) -> list[dict]:
+    """Writes a folder with rows of 8 kB, half of each for either process where a row is divided: a gap of a
+    page is where reading through it ends. What each process says of loading it."""
     config = {
         **{**CONFIG, "vocab_size": 64, "intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
         "num_hidden_layers": 1,
     }
-    write_folder(tmp_path / "model", config, "published", "float32")
+    write_folder(folder, config, "published", "float32")
     environment = {**os.environ, "PYTHONPATH": str(repository)}
-    address, arguments = f"127.0.0.1:{free_port()}", [str(tmp_path / "model"), json.dumps(sizes)]
+    address, arguments = f"127.0.0.1:{free_port()}", [str(folder), json.dumps(sizes), quantisation]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", ONE_OF_TWO, address, str(number), *arguments],
@@ -136,10 +148,27 @@ def test_each_process_reads_only_its_own_bytes(repository, tmp_path, sizes):
         )
         for number in range(2)
     ]
-    for process in processes:
-        out, messages = process.communicate(timeout=240)
-        assert process.returncode == 0, messages
-        got = json.loads(out.splitlines()[-1])
+    said = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(fsdp=2, expert=2), dict(expert=2, tensor=2), dict(fsdp=4)], ids=["fsdp", "expert", "fsdp4"]
+)
+def test_each_process_reads_only_its_own_bytes(repository, tmp_path, sizes):
+    for got in load_in_two_processes(repository, tmp_path / "model", sizes):
         assert got["equal"]
         assert got["read"] == got["held"] < got["all"]
         assert got["buffer"] <= got["largest"]
+
+
+@pytest.mark.parametrize("quantisation", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "sizes", [dict(fsdp=2, expert=2), dict(expert=2, tensor=2), dict(fsdp=4)], ids=["fsdp", "expert", "fsdp4"]
+)
+def test_each_process_rounds_only_its_own_experts_and_outputs(repository, tmp_path, sizes, quantisation):
+    """Weights that are rounded are read with all inputs, whichever of them the process holds."""
+    for got in load_in_two_processes(repository, tmp_path / "model", sizes, quantisation):
+        assert got["equal"]
+        assert got["read"] == got["needed"] < got["file"]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
+from safemoe_jax.checkpoints.reading import Loader
 from safemoe_jax.errors import InputError
 from safemoe_jax.model import Model, load_pretrained
-from safemoe_jax.models import LoraConfig
+from safemoe_jax.models import LoraConfig, declare
 from safemoe_jax.models.lora import add_adapters
-from safemoe_jax.models.quantisation import quantise_params
+from safemoe_jax.models.quantisation import quantise_params, quantised_weights
+from safemoe_jax.parallel.mesh import MESH_AXES
 from tests.models.quantisable import OLMOE, drawn
 
 TOKENS = np.arange(12, dtype=np.int32)[None]
@@ -51,6 +54,31 @@ def test_an_adapter_on_quantised_weights_loads_onto_the_floats(folder, tmp_path)
     found = load_pretrained(folder, adapter=tmp_path / "adapter", quantisation="int8")
     np.testing.assert_array_equal(found(TOKENS).logits, trained(TOKENS).logits)
     assert load_pretrained(folder, adapter=tmp_path / "adapter").config.quantisation is None
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_one_layer_of_a_rounded_weight_is_in_floats_at_a_time(folder, monkeypatch, method):
+    reads, read_share = [], Loader.read_share
+
+    def noted(loader, places, index, dtype):
+        share = read_share(loader, places, index, dtype)
+        reads.append((share.shape, share.dtype))
+        return share
+
+    monkeypatch.setattr(Loader, "read_share", noted)
+    load_pretrained(folder, quantisation=method)
+    rounded = quantised_weights(OLMOE, method)
+    kept = [spec.shape for name, spec in declare(OLMOE).items() if name not in rounded]
+    layers = [(1, *spec.shape[1:]) for spec in rounded.values() for _ in range(spec.shape[0])]
+    assert {spec.shape[0] for spec in rounded.values()} == {OLMOE.n_layers}
+    assert reads == [(shape, np.float32) for shape in kept + layers]
+
+
+def test_a_mesh_that_does_not_divide_the_pairs_is_refused(folder):
+    """64 inputs over 64 devices: as 32 pairs they are not. Before anything is read: the devices are not."""
+    mesh = AbstractMesh((1, 64, 1, 1), MESH_AXES)
+    with pytest.raises(InputError, match=r"does not divide 'segments.*' in int4: \(3, 32, "):
+        load_pretrained(folder, mesh=mesh, quantisation="int4")
 
 
 def test_refusals(folder):

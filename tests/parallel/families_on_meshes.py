@@ -1,4 +1,6 @@
-"""Run with eight CPU devices: three unlike networks on one device and on two meshes; differences, as JSON.
+"""Run with eight CPU devices: unlike networks on one device and on two meshes; differences, as JSON.
+
+Three with float weights, all of which train, and one that is read into 8 and 4 bits, under adapters.
 
 Logits, loss and the gradient of every parameter in one step on packed rows. A difference is relative to the
 largest number of the array that one device computes.
@@ -7,26 +9,38 @@ largest number of the array that one device computes.
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from safemoe_jax.errors import InputError
+from safemoe_jax.model import Model, load_pretrained
 from safemoe_jax.models import (
     Compute,
     LayerConfig,
+    LoraConfig,
     MlaConfig,
     ModelConfig,
     RopeConfig,
     RoutingConfig,
+    Weights,
     declare,
     initialise,
+    split_trainable,
 )
+from safemoe_jax.models.lora import add_adapters
 from safemoe_jax.models.params import Params, shardings
+from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.models.transformer import unembed
 from safemoe_jax.parallel.mesh import MeshConfig, make_mesh
 from safemoe_jax.training.step import TaskConstants, TaskStep, batch_shardings
+from tests.models import quantisable
+from tests.models.quantisable import OLMOE
 
 ROWS, LENGTH, TARGETS = 8, 12, 5
 BASE = ModelConfig(
@@ -76,6 +90,14 @@ MESHES = {
     "fsdp 2, expert 2, tensor 2": MeshConfig(fsdp=2, expert=2, tensor=2),
 }
 
+# Adapters on experts bring the weights of a layer back as a whole; without them the kernels get them rounded.
+ROUNDED = {
+    "int8": ("int8", LoraConfig(4, 8.0, ("q_proj", "o_proj"))),
+    "int4": ("int4", LoraConfig(4, 8.0, ("q_proj", "o_proj"))),
+    "int4, adapters on experts": ("int4", LoraConfig(4, 8.0, ("v_proj", "mlp.experts.gate_up_proj"))),
+}
+INDIVISIBLE = "int4-64", LoraConfig(4, 8.0, ("q_proj",))
+
 
 def parameters(config: ModelConfig) -> Params:
     """Random parameters; those that start as zeros or ones are random too."""
@@ -111,33 +133,79 @@ def logits_beside(config, weights, output, batch, constants):
     return 0.0, {"logits": logits, "router_logits": jnp.where(real_NT1, output.router_logits, 0)}
 
 
-def computed(config: ModelConfig, sizes: MeshConfig) -> tuple[dict[str, np.ndarray], int]:
-    """Logits, losses and gradients by name on one mesh, and over how many places the experts are spread."""
-    mesh = make_mesh(sizes)
+def computed(config: ModelConfig, weights: Weights, mesh: Mesh) -> dict[str, np.ndarray]:
+    """Logits, losses and gradients by name, on weights that lie on the mesh."""
     batch = packed_batch(config.vocab_size)
-    params = jax.device_put(parameters(config), shardings(declare(config), mesh))
     compute = Compute(mesh=mesh if mesh.size > 1 else None)
     step = TaskStep(config, compute, mesh, router_aux_coef=0.1, loss_term=logits_beside)
     placed = jax.device_put(batch, batch_shardings(batch, mesh))
-    gradient, metrics = jax.jit(step.gradient)({}, params, placed, TaskConstants())
-    experts = next(value for name, value in params.items() if name.endswith("moe.experts.gate"))
-    places = {str(shard.index) for shard in experts.addressable_shards}
-    return {name: np.asarray(value) for name, value in {**metrics, **gradient}.items()}, len(places)
+    gradient, metrics = jax.jit(step.gradient)(*weights, placed, TaskConstants())
+    return {name: np.asarray(value) for name, value in {**metrics, **gradient}.items()}
+
+
+def drawn(config: ModelConfig, mesh: Mesh) -> Weights:
+    """Random weights on the mesh, all of which train."""
+    return Weights({}, jax.device_put(parameters(config), shardings(declare(config), mesh)))
+
+
+def rounded(
+    folder: Path, quantisation: Quantisation, lora: LoraConfig, mesh: Mesh
+) -> tuple[ModelConfig, Weights]:
+    """A checkpoint in 8 or 4 bits on the mesh; its adapters change something."""
+    model = load_pretrained(folder, mesh=mesh if mesh.size > 1 else None, quantisation=quantisation)
+    config, params = add_adapters(model.config, model.params, lora, jax.random.key(1), mesh)
+    weights = split_trainable(config, params)
+    factors = {k: v + 0.05 if k.endswith("lora_b") else v for k, v in weights.trainable.items()}
+    return config, Weights(weights.frozen, factors)
+
+
+def spread(weights: Weights) -> int:
+    """Over how many places the experts are spread."""
+    names = "moe.experts.gate", "moe.experts.gate.values"
+    params = weights.frozen | weights.trainable
+    experts = next(value for name, value in params.items() if name.endswith(names))
+    return len({str(shard.index) for shard in experts.addressable_shards})
+
+
+def differences(one: dict[str, np.ndarray], many: dict[str, np.ndarray]) -> dict[str, float]:
+    """The largest of each array, relative to what one device computes."""
+    assert one.keys() == many.keys()
+    off = {name: np.abs(many[name] - value).max() for name, value in one.items()}
+    return {name: float(off[name] / max(np.abs(value).max(), 1e-30)) for name, value in one.items()}
+
+
+def refusal(folder: Path, mesh: Mesh) -> str:
+    """What is said of experts whose width is one block of 64, for two devices to share."""
+    try:
+        computed(*rounded(folder, *INDIVISIBLE, mesh), mesh)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def main() -> None:
-    """Largest relative difference of each array, by network and mesh; how the experts were spread."""
-    report = {"shards": {}, "differences": {}}
+    """By network and mesh: differences, how the experts were spread, which frozen weights are not the same;
+    what was refused."""
+    report = {"shards": {}, "differences": {}, "unequal": {}}
+    whole, meshes = make_mesh(MeshConfig()), {name: make_mesh(sizes) for name, sizes in MESHES.items()}
     for network, config in NETWORKS.items():
-        one, _ = computed(config, MeshConfig())
-        for mesh, sizes in MESHES.items():
-            many, shards = computed(config, sizes)
-            assert one.keys() == many.keys()
-            report["shards"][f"{network}; {mesh}"] = shards
-            report["differences"][f"{network}; {mesh}"] = {
-                name: float(np.abs(many[name] - one[name]).max() / max(np.abs(one[name]).max(), 1e-30))
-                for name in one
-            }
+        one = computed(config, drawn(config, whole), whole)
+        for name, mesh in meshes.items():
+            weights, case = drawn(config, mesh), f"{network}; {name}"
+            report["shards"][case] = spread(weights)
+            report["differences"][case] = differences(one, computed(config, weights, mesh))
+    with tempfile.TemporaryDirectory() as folder:
+        Model(OLMOE, quantisable.drawn()).save_pretrained(folder)
+        for network, how in ROUNDED.items():
+            config, held = rounded(Path(folder), *how, whole)
+            one = computed(config, held, whole)
+            for name, mesh in meshes.items():
+                (_, weights), case = rounded(Path(folder), *how, mesh), f"{network}; {name}"
+                report["shards"][case] = spread(weights)
+                report["differences"][case] = differences(one, computed(config, weights, mesh))
+                pairs = {key: (value, weights.frozen[key]) for key, value in held.frozen.items()}
+                report["unequal"][case] = [key for key, pair in pairs.items() if not np.array_equal(*pair)]
+        report["refusals"] = {name: refusal(Path(folder), mesh) for name, mesh in meshes.items()}
     print(json.dumps(report))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.families_on_meshes import MESHES, NETWORKS
+from tests.parallel.families_on_meshes import MESHES, NETWORKS, ROUNDED
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +37,22 @@ def test_logits_loss_and_gradients_equal_those_of_one_device(report, network, me
     assert {name: found for name, found in differences.items() if not found < 1e-5} == {}
     sizes = MESHES[mesh]
     assert report["shards"][f"{network}; {mesh}"] == sizes.fsdp * sizes.expert * sizes.tensor
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("network", ROUNDED)
+def test_a_network_read_into_few_bits_is_that_of_one_device(report, network, mesh):
+    """Its frozen weights bit for bit; logits, losses and the gradient of every adapter closely."""
+    case, sizes, (_, lora) = f"{network}; {mesh}", MESHES[mesh], ROUNDED[network]
+    assert report["unequal"][case] == []
+    differences = report["differences"][case]
+    assert {"logits", "loss", "load_balancing"} <= differences.keys()
+    assert sum(name.endswith("lora_a") for name in differences) == len(lora.targets)
+    assert {name: found for name, found in differences.items() if not found < 1e-5} == {}
+    assert report["shards"][case] == sizes.fsdp * sizes.expert * sizes.tensor
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_blocks_of_experts_that_the_devices_cannot_share_are_refused(report, mesh):
+    refused = "2 devices cannot share the 4-bit blocks of the expert width (1) evenly"
+    assert report["refusals"][mesh].startswith(refused)
