@@ -22,8 +22,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from safemoe_jax.models.activation import Activation
+from safemoe_jax.models.adapted import Adapted, AnyWeight, effective, pull_back, shape_of
 from safemoe_jax.models.expert_layout import Aligned, Blocks, Pairs, align, sort_pairs, weighted_sum
-from safemoe_jax.models.quantised import Weight, dense, group_weight, weight_shape
+from safemoe_jax.models.quantised import Weight, group_weight
 
 KEPT_NAME = "expert_pre_activations"
 """Name of the residuals for `jax.checkpoint_policies`: 2 * T*K * F * 4 bytes a layer."""
@@ -32,22 +33,26 @@ KEPT_NAME = "expert_pre_activations"
 class Stack(NamedTuple):
     """Expert weights: gate and up [G,D,F], down [G,F,D]; all three biases [G,F], [G,F], [G,D], or none."""
 
-    gate: Weight
-    up: Weight
-    down: Weight
+    gate: AnyWeight
+    up: AnyWeight
+    down: AnyWeight
     gate_bias: jax.Array | None = None
     up_bias: jax.Array | None = None
     down_bias: jax.Array | None = None
 
     def layer(self, first_group: jax.Array | int, n_experts: int) -> Stack:
         """A copy of the groups of one layer; no copy where the stack is one layer."""
-        if weight_shape(self.gate)[0] == n_experts:
+        if shape_of(self.gate)[0] == n_experts:
             return self
         return jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, first_group, n_experts), self)
 
     def dense(self, dtype: jnp.dtype | str) -> Stack:
-        """All of it as arrays of this dtype."""
-        return Stack(*(w if w is None else dense(w, dtype) for w in self))
+        """All of it as arrays of this dtype, updates included."""
+        return Stack(*(w if w is None else effective(w, dtype) for w in self))
+
+    def added_up(self, dtype: jnp.dtype | str) -> Stack:
+        """As `dense` where there are updates, and as it is without."""
+        return self.dense(dtype) if any(isinstance(w, Adapted) for w in self) else self
 
 
 class _Saved(NamedTuple):
@@ -194,9 +199,9 @@ def _forward(
     keep: bool,
 ) -> list[jax.Array]:
     """y_TD and, where `keep`, gate_PF and up_PF."""
-    plan = _plan(pairs)
+    stack, plan = stack.added_up(x_TD.dtype), _plan(pairs)
     layout = plan.layout
-    width, expert_width = weight_shape(stack.gate)[1:]
+    width, expert_width = shape_of(stack.gate)[1:]
 
     def visit(
         expert: jax.Array, take: Callable, start: jax.Array, buffers: list[jax.Array], stack: Stack
@@ -219,8 +224,8 @@ def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, S
     The weight's cotangent is taken before ``down`` (its transpose applied to d_y), so that the experts'
     outputs need not be kept.
     """
-    x_TD, weights_TK, stack, first_group, pairs, activation = saved[:6]
-    plan = _plan(pairs)
+    x_TD, weights_TK, parts, first_group, pairs, activation = saved[:6]
+    stack, plan = parts.added_up(x_TD.dtype), _plan(pairs)
     layout = plan.layout
     weight_P = weights_TK.astype(jnp.float32).reshape(-1)[layout.pair_P]
     d_y_TD = d_y_TD.astype(x_TD.dtype)
@@ -259,13 +264,15 @@ def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, S
     (d_rows_PD, d_weight_P), sums = plan.loop(visit, (buffers, sums), stack)
     d_x_TD = weighted_sum(d_rows_PD, None, layout.place_TK).astype(x_TD.dtype)
     d_weights_TK = d_weight_P[layout.place_TK].astype(weights_TK.dtype)
-    return d_x_TD, d_weights_TK, _in_stack(sums, stack, first_group)
+    if saved.trainable is None:
+        return d_x_TD, d_weights_TK, None
+    d_stack = _in_stack(sums, stack, first_group)
+    parts_and_d = zip(parts, d_stack, strict=True)
+    return d_x_TD, d_weights_TK, Stack(*(w if w is None else pull_back(w, d) for w, d in parts_and_d))
 
 
-def _in_stack(sums: list[jax.Array], stack: Stack, first_group: jax.Array) -> Stack | None:
-    """The experts' gradients at their place in the stack, in its dtype; None where the stack is frozen."""
-    if not sums:
-        return None
+def _in_stack(sums: list[jax.Array], stack: Stack, first_group: jax.Array) -> Stack:
+    """The experts' gradients at their place in the stack, in its dtype."""
     parts = Stack(*sums)  # the biases come last in both, so leaves and fields are in one order
     parts = jax.tree.map(lambda part, w: part.astype(w.dtype), parts, stack)
     if stack.gate.shape[0] == parts.gate.shape[0]:

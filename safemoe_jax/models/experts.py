@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from safemoe_jax.models.activation import Activation
+from safemoe_jax.models.adapted import Adapted, shape_of
 from safemoe_jax.models.config import Compute, LoraConfig, ModelConfig
 from safemoe_jax.models.expert_blocks import Stack
 from safemoe_jax.models.feed_forward import FeedForward
 from safemoe_jax.models.grouped_matmul import choose_kernel, expert_ffn
 from safemoe_jax.models.linear import Linear
 from safemoe_jax.models.params import LoraParam, ParamSpec
-from safemoe_jax.models.quantised import PARTS, Quantised, read_weight, weight_param, weight_shape
+from safemoe_jax.models.quantised import PARTS, Quantised, Weight, read_weight, weight_param
 from safemoe_jax.models.router import Router, choose_experts
 
 GATE_UP_TARGET = "mlp.experts.gate_up_proj"
@@ -75,7 +76,7 @@ class Experts(nnx.Module):
             first_group: where this layer's experts begin in the arrays (see G above).
             compute: kernel and mesh.
         """
-        stack, first_group = self._effective_weights(first_group, x_BTD.dtype)
+        stack, first_group = self._weights(first_group, x_BTD.dtype)
         x_XD = x_BTD.reshape(-1, x_BTD.shape[-1])
         weights_XK = weights_BTK.reshape(-1, weights_BTK.shape[-1])
         y_XD = expert_ffn(
@@ -99,26 +100,26 @@ class Experts(nnx.Module):
         tokens, k = (pairs[0] * pairs[1], 1) if self.scale_input else pairs
         if isinstance(stack.gate, Quantised) and platform(compute) == "cpu":
             return "blocks"  # it alone brings back one expert at a time
-        return choose_kernel(platform(compute), tokens, k, self.n_experts, *weight_shape(stack.gate)[1:])
+        return choose_kernel(platform(compute), tokens, k, self.n_experts, *shape_of(stack.gate)[1:])
 
-    def _effective_weights(
-        self, first_group: jax.Array | int, dtype: jnp.dtype
-    ) -> tuple[Stack, jax.Array | int]:
-        """The layer's weights with the adapters' updates added, for one layer at a time."""
+    def _weights(self, first_group: jax.Array | int, dtype: jnp.dtype) -> tuple[Stack, jax.Array | int]:
+        """The weights, of this layer only where they have updates, and where its experts begin in them."""
         params = self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias
         stack = Stack(*(param if param is None else read_weight(param, dtype) for param in params))
         if self.lora is None:
             return stack, first_group
-        stack = stack.layer(first_group, self.n_experts).dense(dtype)
-        scale = self.lora.scale
+        stack = stack.layer(first_group, self.n_experts)
         if GATE_UP_TARGET in self.lora.targets:
-            update = scale * (self.gate_up_lora_a[...] @ self.gate_up_lora_b[...])
-            gate_update, up_update = jnp.split(update.astype(dtype), 2, axis=-1)
-            stack = stack._replace(gate=stack.gate + gate_update, up=stack.up + up_update)
+            a, halves = self.gate_up_lora_a[...], jnp.split(self.gate_up_lora_b[...], 2, axis=-1)
+            gate, up = (self._adapted(*parts) for parts in zip(stack[:2], (a, a), halves, strict=True))
+            stack = stack._replace(gate=gate, up=up)
         if DOWN_TARGET in self.lora.targets:
-            update = scale * (self.down_lora_a[...] @ self.down_lora_b[...])
-            stack = stack._replace(down=stack.down + update.astype(dtype))
+            down = self._adapted(stack.down, self.down_lora_a[...], self.down_lora_b[...])
+            stack = stack._replace(down=down)
         return stack, 0
+
+    def _adapted(self, weight: Weight, a_EIr: jax.Array, b_ErO: jax.Array) -> Adapted:
+        return Adapted(weight, a_EIr, self.lora.scale * b_ErO)
 
 
 class MoE(nnx.Module):

@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.activation import SILU, Activation
+from safemoe_jax.models.adapted import Adapted, AnyWeight, base_of, shape_of, times
 from safemoe_jax.models.expert_blocks import Stack, blocks_ffn
 from safemoe_jax.models.expert_layout import Pairs, collect, dispatch, sort_pairs
-from safemoe_jax.models.quantised import Int4, Quantised, Weight, multiply, weight_shape
+from safemoe_jax.models.quantised import Int4, Quantised
 
 Kernel = Literal["dense", "blocks", "ragged", "megablox"]
 KERNELS: tuple[Kernel, ...] = ("dense", "blocks", "ragged", "megablox")
@@ -58,9 +59,9 @@ def expert_ffn(
     x_TD: jax.Array,
     weights_TK: jax.Array,
     experts_TK: jax.Array,
-    gate_GDF: Weight,
-    up_GDF: Weight,
-    down_GFD: Weight,
+    gate_GDF: AnyWeight,
+    up_GDF: AnyWeight,
+    down_GFD: AnyWeight,
     *,
     first_group: jax.Array | int,
     n_experts: int,
@@ -84,7 +85,8 @@ def expert_ffn(
         weights_TK: combine weights of the router.
         experts_TK: int32 in [0, E).
         gate_GDF, up_GDF, down_GFD: weights of one layer or a stack of layers, quantised or not. Only "blocks"
-            on one device reads a stack in place; the others slice the layer out of it.
+            on one device reads a stack in place; the others slice the layer out of it. Adapted weights are
+            those of one layer.
         first_group: where this layer's E groups begin; may be traced.
         n_experts: E.
         kernel: "dense" (all experts; the oracle), "blocks" (CPU), "ragged" (`jax.lax.ragged_dot`) or
@@ -145,7 +147,7 @@ def _one_device(
         return blocks_ffn(x_TD, weights_TK, experts_TK, stack, first_group, n_experts, activation)
     stack = stack.layer(first_group, n_experts)
     if kernel == "dense":
-        return _dense(x_TD, weights_TK, experts_TK, stack.dense(x_TD.dtype), activation)
+        return _dense(x_TD, weights_TK, experts_TK, stack, activation)
     return _grouped(x_TD, weights_TK, experts_TK, stack, kernel, interpret, activation)
 
 
@@ -156,17 +158,24 @@ def _dense(
 
     The experts side by side (X = E*F columns) are one wide feed-forward: three plain matrix products.
     """
-    n_experts, width, expert_width = stack.gate.shape
+    n_experts, _, expert_width = shape_of(stack.gate)
     weights_TE = (jax.nn.one_hot(experts_TK, n_experts) * weights_TK[..., None].astype(jnp.float32)).sum(1)
-    gate_DX, up_DX = (w.swapaxes(0, 1).reshape(width, -1) for w in stack[:2])
-    gate_TX = jnp.dot(x_TD, gate_DX, preferred_element_type=jnp.float32)
-    up_TX = jnp.dot(x_TD, up_DX, preferred_element_type=jnp.float32)
+    gate_TX, up_TX = (times(_side_by_side, x_TD, w) for w in stack[:2])
     if stack.down_bias is not None:
         gate_TX, up_TX = gate_TX + stack.gate_bias.reshape(-1), up_TX + stack.up_bias.reshape(-1)
     act_TX = activation.forward(gate_TX, up_TX) * jnp.repeat(weights_TE, expert_width, axis=1)
-    down_XD = stack.down.reshape(-1, width)
-    y_TD = jnp.dot(act_TX.astype(x_TD.dtype), down_XD, preferred_element_type=jnp.float32)
+    y_TD = times(_stacked, act_TX.astype(x_TD.dtype), stack.down)
     return y_TD if stack.down_bias is None else y_TD + weights_TE @ stack.down_bias.astype(jnp.float32)
+
+
+def _side_by_side(x_TD: jax.Array, weights_EDF: jax.Array, _: None) -> jax.Array:
+    weights_DX = weights_EDF.swapaxes(0, 1).reshape(x_TD.shape[1], -1)
+    return jnp.dot(x_TD, weights_DX, preferred_element_type=jnp.float32)
+
+
+def _stacked(act_TX: jax.Array, weights_EFD: jax.Array, _: None) -> jax.Array:
+    weights_XD = weights_EFD.reshape(act_TX.shape[1], -1)
+    return jnp.dot(act_TX, weights_XD, preferred_element_type=jnp.float32)
 
 
 def _grouped(
@@ -183,17 +192,14 @@ def _grouped(
     Rows of no expert are zeroed going in and coming out, because kernels leave theirs undefined; the first
     mask cleans the gradient on its way back.
     """
-    pairs = sort_pairs(experts_TK, weight_shape(stack.gate)[0])
+    pairs = sort_pairs(experts_TK, shape_of(stack.gate)[0])
     own_N1 = (jnp.arange(pairs.order_N.size) < pairs.used)[:, None]
     rows_ND = jnp.where(own_N1, dispatch(x_TD, pairs), 0)
 
     product = _ragged if kernel == "ragged" else _megablox_interpreted if interpret else _megablox
 
-    def project(rows: jax.Array, weights: Weight, bias: jax.Array | None) -> jax.Array:
-        if isinstance(weights, Quantised):
-            out = multiply(product, rows, weights, pairs.counts_E)
-        else:
-            out = product(rows, weights.astype(rows.dtype), pairs.counts_E)
+    def project(rows: jax.Array, weights: AnyWeight, bias: jax.Array | None) -> jax.Array:
+        out = times(product, rows, weights, pairs.counts_E)
         # The mask on the bias is for its gradient: rows of no expert bring undefined values back.
         return out if bias is None else out + jnp.where(own_N1, bias[_expert_of_place(pairs)], 0)
 
@@ -239,9 +245,11 @@ def _sharded(
 ) -> jax.Array:
     """`_one_device` on every device, for its tokens, experts and slice of the expert width."""
     _check_divides(mesh, "expert", n_experts, "experts")
-    _check_divides(mesh, "tensor", weight_shape(stack.gate)[2], "the expert width")
-    if isinstance(stack.down, Int4):
-        _check_divides(mesh, "tensor", stack.down.scales.shape[1], "the 4-bit blocks of the expert width")
+    _check_divides(mesh, "tensor", shape_of(stack.gate)[2], "the expert width")
+    if isinstance(base_of(stack.down), Int4):
+        _check_divides(
+            mesh, "tensor", base_of(stack.down).scales.shape[1], "the 4-bit blocks of the expert width"
+        )
     batch = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
     if x_TD.shape[0] % math.prod(mesh.shape[axis] for axis in batch):
         batch = None  # too few tokens to split: every device computes all of them
@@ -278,8 +286,11 @@ def _sharded(
     return y_STD.sum(0).astype(x_TD.dtype)
 
 
-def _parts_in(weight: Weight, spec: P) -> P | Quantised:
-    """Where the parts of a weight lie: scales of 8 bits have no inputs to be split."""
+def _parts_in(weight: AnyWeight, spec: P) -> P | Quantised | Adapted:
+    """Where the parts of a weight lie: scales of 8 bits have no inputs to be split, a rank is never split."""
+    if isinstance(weight, Adapted):
+        experts, inputs, outputs = spec
+        return Adapted(_parts_in(weight.base, spec), P(experts, inputs, None), P(experts, None, outputs))
     if not isinstance(weight, Quantised):
         return spec
     scales = spec if isinstance(weight, Int4) else P(spec[0], None, spec[2])

@@ -1,4 +1,7 @@
-"""Adding, merging and describing low-rank adapters."""
+"""Adding, merging and describing low-rank adapters.
+
+Legend: R layers of a stack, X leading axes (experts), I inputs, O outputs, r rank.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from jax.sharding import Mesh
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.config import LoraConfig, ModelConfig
 from safemoe_jax.models.params import Params, count, initialise, is_adapter, is_correction
-from safemoe_jax.models.quantisation import dequantise_params
+from safemoe_jax.models.quantisation import dequantise_params, held_weight
+from safemoe_jax.models.quantised import Quantised, Weight, dense
 from safemoe_jax.models.transformer import declare
 
 EXPERT_TARGETS = {"mlp.experts.gate_up_proj": "gate_up", "mlp.experts.down_proj": "down"}
@@ -96,29 +100,60 @@ def add_adapters(
 
 
 def merge_adapters(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """Adds every adapter's update to its kernel (in float32) and drops the factors; quantised weights become
-    floats."""
-    config, params = dequantise_params(config, params)
+    """Adds every adapter's update to its kernel and drops the factors; quantised weights become floats.
+
+    The sum is taken in float32, one layer of one kernel at a time, and rounded once: to the kernel's dtype,
+    or the embedding's where the kernel was quantised.
+    """
     if config.lora is None:
-        return config, params
-    merged = {name: value for name, value in params.items() if not is_adapter(name)}
+        return dequantise_params(config, params)
+    factors, dtype = _factors(params), jnp.dtype(params["embed.embedding"].dtype)
+    merged = {}
+    for name, (a_RXIr, b_RXrO) in factors.items():
+        weight = held_weight(config, params, name)
+        array = weight[0] if isinstance(weight, Quantised) else weight
+        rounded_to = dtype if isinstance(weight, Quantised) else array.dtype
+        add = jax.jit(_add_update, static_argnums=(3, 4), out_shardings=array.sharding)
+        merged[name] = add(weight, a_RXIr, b_RXrO, config.lora.scale, rounded_to)
+    rest = {
+        name: value
+        for name, value in params.items()
+        if not is_adapter(name) and name.removesuffix(".values").removesuffix(".scales") not in merged
+    }
+    config, floats = dequantise_params(config, rest)
+    return replace(config, lora=None), {**floats, **merged}
+
+
+def _factors(params: Params) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The factors of every adapted kernel, by the kernel's name; gate and up share their a."""
+    factors = {}
     for name in params:
-        if name.endswith("lora_a"):
-            _merge_one(merged, name, params[name], params[name[:-1] + "b"], config.lora.scale)
-    return replace(config, lora=None), merged
+        if not name.endswith("lora_a"):
+            continue
+        a, b = params[name], params[name[:-1] + "b"]
+        if name.endswith("gate_up_lora_a"):
+            stem = name.removesuffix("gate_up_lora_a")
+            for target, half in zip(("gate", "up"), jnp.split(b, 2, axis=-1), strict=True):
+                factors[stem + target] = a, half
+        elif name.endswith("down_lora_a"):
+            factors[name.removesuffix("_lora_a")] = a, b
+        else:
+            factors[name.removesuffix("lora_a") + "kernel"] = a, b
+    return factors
 
 
-def _merge_one(merged: Params, name: str, a: jax.Array, b: jax.Array, scale: float) -> None:
-    update = scale * jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-    if name.endswith("gate_up_lora_a"):
-        stem = name.removesuffix("gate_up_lora_a")
-        targets = zip((f"{stem}gate", f"{stem}up"), jnp.split(update, 2, axis=-1), strict=True)
-    elif name.endswith("down_lora_a"):
-        targets = [(name.removesuffix("_lora_a"), update)]
-    else:
-        targets = [(name.removesuffix("lora_a") + "kernel", update)]
-    for target, part in targets:
-        merged[target] = (merged[target].astype(jnp.float32) + part).astype(merged[target].dtype)
+def _add_update(
+    weight: Weight, a_RXIr: jax.Array, b_RXrO: jax.Array, scale: float, dtype: jnp.dtype
+) -> jax.Array:
+    """weight + scale * a b, [R, X, I, O] in this dtype; only one of the R layers is in float32 at a time."""
+
+    def one_layer(layer: tuple[Weight, jax.Array, jax.Array]) -> jax.Array:
+        weight, a_XIr, b_XrO = layer
+        a_XIr, b_XrO = a_XIr.astype(jnp.float32), b_XrO.astype(jnp.float32)
+        update_XIO = scale * jnp.matmul(a_XIr, b_XrO, precision="highest")
+        return (dense(weight, jnp.float32) + update_XIO).astype(dtype)
+
+    return jax.lax.map(one_layer, (weight, a_RXIr, b_RXrO))
 
 
 def describe(config: ModelConfig) -> str:

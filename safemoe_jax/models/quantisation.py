@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from safemoe_jax.models.config import ModelConfig
 from safemoe_jax.models.params import Params, ParamSpec, is_quantised
-from safemoe_jax.models.quantised import Int4, Int8, Quantisation, dequantise, quantise
+from safemoe_jax.models.quantised import Int4, Int8, Quantisation, Weight, dequantise, quantise
 from safemoe_jax.models.transformer import declare
 
 
@@ -52,14 +52,21 @@ def dequantise_params(config: ModelConfig, params: Params) -> tuple[ModelConfig,
     quantisation."""
     if config.quantisation is None:
         return config, params
-    container, dtype = Int8 if config.quantisation == "int8" else Int4, params["embed.embedding"].dtype
-    back = jax.jit(dequantise, static_argnums=1)
+    back, dtype = jax.jit(dequantise, static_argnums=1), jnp.dtype(params["embed.embedding"].dtype)
     floats = {name: value for name, value in params.items() if not is_quantised(name)}
-    for name, values in params.items():
+    for name in params:
         if name.endswith(".values"):
             stem = name.removesuffix(".values")
-            floats[stem] = back(container(values, params[f"{stem}.scales"]), jnp.dtype(dtype))
+            floats[stem] = back(held_weight(config, params, stem), dtype)
     return replace(config, quantisation=None), floats
+
+
+def held_weight(config: ModelConfig, params: Params, name: str) -> Weight:
+    """The weight of this name as it is held: an array, or one in 8 or 4 bits."""
+    if name in params:
+        return params[name]
+    container = Int8 if config.quantisation == "int8" else Int4
+    return container(params[f"{name}.values"], params[f"{name}.scales"])
 
 
 def describe_base(config: ModelConfig, params: Params) -> str | None:
