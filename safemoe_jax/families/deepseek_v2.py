@@ -9,7 +9,7 @@ from safemoe_jax.families import common_rows as rows
 from safemoe_jax.families import deepseek
 from safemoe_jax.families.config_fields import read, require
 from safemoe_jax.families.family import Family
-from safemoe_jax.families.tensor_table import TensorTable, linear
+from safemoe_jax.families.tensor_table import Row, Source, TensorTable
 from safemoe_jax.models.config import ModelConfig, RoutingConfig
 
 _MLP = f"{rows.LAYER}.mlp"
@@ -19,7 +19,7 @@ TABLE = TensorTable(
     rows=(
         *rows.decoder_rows(),
         *rows.latent_attention_rows(),
-        *linear("moe.router", f"{_MLP}.gate"),
+        Row("moe.router.kernel", (Source(f"{_MLP}.gate.weight", transpose=True),), float32=True),
         *rows.expert_rows(),
         *rows.swiglu_rows("moe.shared", f"{_MLP}.shared_experts"),
         *rows.swiglu_rows("mlp", _MLP),

@@ -58,6 +58,12 @@ def write_guard(folder: Path, text: Llama4ForCausalLM) -> Path:
     return train_tokenizer(CORPUS, folder, vocab_size=VOCABULARY, chat_template=GUARD_OF_ANY_PARTS)
 
 
+def their_text_model(folder: Path) -> Llama4ForCausalLM:
+    """The text model out of the whole; transformers 5.24 cannot call the whole with no layer of experts."""
+    whole = Llama4ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
+    return whole.language_model.eval()
+
+
 def clear_greedy(make: Callable[[int], Llama4ForCausalLM]) -> tuple[Llama4ForCausalLM, tuple]:
     """The first text model whose greedy tokens rounding cannot swap; its batch and those tokens."""
     for seed in range(20):
@@ -75,7 +81,7 @@ def test_logits_and_greedy_tokens(tmp_path, name):
     folder = write_guard(tmp_path, text)
     fields = json.loads((folder / "config.json").read_text())
     assert fields["model_type"] == "llama4" and fields["text_config"]["moe_layers"] == []
-    theirs = Llama4ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    theirs = their_text_model(folder)
     ours = load_pretrained(folder)
     assert ours.config.moe_layers == () and ours.config.n_experts == 0
     want, real = their_logits(theirs, tokens, mask), mask.astype(bool)
@@ -89,7 +95,7 @@ def test_logits_and_greedy_tokens(tmp_path, name):
 def test_judge_writes_what_transformers_writes(tmp_path):
     """The random model's words on the judge's own prompts, token by token; they are no verdict."""
     folder = write_guard(tmp_path, build(text_config("empty list"), 0))
-    theirs = Llama4ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    theirs = their_text_model(folder)
     judge = LlamaGuardJudge(load_pretrained(folder), max_new_tokens=8)
     prompts = guard_prompts(judge.model.tokenizer, SAMPLES, ANSWERS)
     got = generate(judge.model, prompts, max_new_tokens=8, stop_tokens=())
