@@ -22,37 +22,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from safemoe_jax.models.activation import Activation
-from safemoe_jax.models.adapted import Adapted, AnyWeight, effective, pull_back, shape_of
+from safemoe_jax.models.adapted import pull_back, shape_of
 from safemoe_jax.models.expert_layout import Aligned, Blocks, Pairs, align, sort_pairs, weighted_sum
+from safemoe_jax.models.expert_slots import few_rows, slots_ffn
+from safemoe_jax.models.expert_stack import Stack
 from safemoe_jax.models.quantised import Weight, group_weight
 
 KEPT_NAME = "expert_pre_activations"
 """Name of the residuals for `jax.checkpoint_policies`: 2 * T*K * F * 4 bytes a layer."""
-
-
-class Stack(NamedTuple):
-    """Expert weights: gate and up [G,D,F], down [G,F,D]; all three biases [G,F], [G,F], [G,D], or none."""
-
-    gate: AnyWeight
-    up: AnyWeight
-    down: AnyWeight
-    gate_bias: jax.Array | None = None
-    up_bias: jax.Array | None = None
-    down_bias: jax.Array | None = None
-
-    def layer(self, first_group: jax.Array | int, n_experts: int) -> Stack:
-        """A copy of the groups of one layer; no copy where the stack is one layer."""
-        if shape_of(self.gate)[0] == n_experts:
-            return self
-        return jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, first_group, n_experts), self)
-
-    def dense(self, dtype: jnp.dtype | str) -> Stack:
-        """All of it as arrays of this dtype, updates included."""
-        return Stack(*(w if w is None else effective(w, dtype) for w in self))
-
-    def added_up(self, dtype: jnp.dtype | str) -> Stack:
-        """As `dense` where there are updates, and as it is without."""
-        return self.dense(dtype) if any(isinstance(w, Adapted) for w in self) else self
 
 
 class _Saved(NamedTuple):
@@ -114,6 +91,9 @@ def _ffn(
     pairs: Pairs,
     activation: Activation,
 ) -> jax.Array:
+    """The primal function, which is what runs where nothing is differentiated."""
+    if few_rows(pairs):
+        return slots_ffn(x_TD, weights_TK, stack, first_group, pairs, activation)
     return _forward(x_TD, weights_TK, stack, first_group, pairs, activation, keep=False)[0]
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from safemoe_jax.models.activation import Activation
 from safemoe_jax.models.adapted import Adapted, shape_of
 from safemoe_jax.models.config import Compute, LoraConfig, ModelConfig
-from safemoe_jax.models.expert_blocks import Stack
+from safemoe_jax.models.expert_stack import Stack
 from safemoe_jax.models.feed_forward import FeedForward
 from safemoe_jax.models.grouped_matmul import choose_kernel, expert_ffn
 from safemoe_jax.models.linear import Linear

@@ -18,8 +18,9 @@ from jax.sharding import PartitionSpec as P
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.activation import SILU, Activation
 from safemoe_jax.models.adapted import Adapted, AnyWeight, base_of, shape_of, times
-from safemoe_jax.models.expert_blocks import Stack, blocks_ffn
+from safemoe_jax.models.expert_blocks import blocks_ffn
 from safemoe_jax.models.expert_layout import Pairs, collect, dispatch, sort_pairs
+from safemoe_jax.models.expert_stack import Stack
 from safemoe_jax.models.quantised import Int4, Quantised
 
 Kernel = Literal["dense", "blocks", "ragged", "megablox"]

@@ -175,6 +175,12 @@ def group_weight(weight: Weight, index: jax.Array | int, dtype: jnp.dtype | str)
     return dequantise(take(weight, index), dtype) if isinstance(weight, Quantised) else weight[index]
 
 
+def group_weights(weight: Weight, first: jax.Array | int, count: int, dtype: jnp.dtype | str) -> jax.Array:
+    """As `group_weight`, for `count` entries from `first` on: [count, I, O]."""
+    entries = jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, first, count), weight)
+    return dequantise(entries, dtype) if isinstance(weight, Quantised) else entries
+
+
 def dense(weight: Weight, dtype: jnp.dtype | str) -> jax.Array:
     """All of the weight in this dtype."""
     return dequantise(weight, dtype) if isinstance(weight, Quantised) else weight.astype(dtype)

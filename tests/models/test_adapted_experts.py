@@ -11,7 +11,7 @@ import pytest
 
 from safemoe_jax.models import Compute, LoraConfig, ModelConfig, Weights, declare, forward, split_trainable
 from safemoe_jax.models.adapted import Adapted, AnyWeight
-from safemoe_jax.models.expert_blocks import Stack
+from safemoe_jax.models.expert_stack import Stack
 from safemoe_jax.models.grouped_matmul import KERNELS, expert_ffn
 from safemoe_jax.models.lora import EXPERT_TARGETS, add_adapters
 from safemoe_jax.models.quantisation import quantise_params

@@ -1,0 +1,128 @@
+"""The form for a few rows an expert, which decoding uses, against loops by hand and against the other form.
+
+Nothing is differentiated here, so that `expert_ffn` takes this form where the number of rows calls for it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from safemoe_jax.models.activation import Activation
+from safemoe_jax.models.adapted import Adapted
+from safemoe_jax.models.expert_blocks import blocks_ffn
+from safemoe_jax.models.expert_layout import sort_pairs
+from safemoe_jax.models.expert_slots import few_rows
+from safemoe_jax.models.expert_stack import Stack
+from safemoe_jax.models.grouped_matmul import expert_ffn
+from safemoe_jax.models.quantised import dense, quantise
+from tests.models import test_expert_variants as variants
+from tests.models import test_grouped_matmul as plain
+from tests.models.test_grouped_matmul import LAYER, D, E, F, K, L, assert_close
+
+TOKENS = 10
+"""Five rows an expert on average, of its eight slots."""
+
+
+def values(arrays, first=LAYER * E, n_experts=E, **variant) -> jax.Array:
+    """y alone."""
+    call = lambda *a: expert_ffn(*a, first_group=first, n_experts=n_experts, kernel="blocks", **variant)  # noqa: E731
+    return jax.jit(call)(*map(jnp.asarray, arrays))
+
+
+def test_form_follows_the_rows_of_an_expert():
+    pairs = lambda tokens: sort_pairs(jnp.zeros((tokens, K), jnp.int32), E)  # noqa: E731
+    assert [few_rows(pairs(tokens)) for tokens in (5, 6, TOKENS, 11)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("n_experts", [4, 6, 7])
+def test_value_matches_the_loop_by_hand(n_experts):
+    """Four, two or one at a time; an expert beyond them counts for nothing."""
+    rng = np.random.default_rng(0)
+    tokens = 2 * n_experts
+    experts_TK = np.stack([rng.permutation(n_experts + 1)[:2] for _ in range(tokens)]).astype(np.int32)
+    x_TD, weights_TK = rng.normal(size=(tokens, D)), rng.uniform(size=(tokens, 2))
+    gate, up, down = (rng.normal(size=(2 * n_experts, *shape)) / 4 for shape in ((D, F), (D, F), (F, D)))
+    wanted_TD = np.zeros((tokens, D))
+    for t, k in np.argwhere(experts_TK < n_experts):
+        g = n_experts + experts_TK[t, k]
+        a = x_TD[t] @ gate[g]
+        wanted_TD[t] += weights_TK[t, k] * (a / (1 + np.exp(-a)) * (x_TD[t] @ up[g])) @ down[g]
+    floats = [a.astype(np.float32) for a in (x_TD, weights_TK, gate, up, down)]
+    found = values([*floats[:2], experts_TK, *floats[2:]], first=n_experts, n_experts=n_experts)
+    assert_close(found, wanted_TD, 2e-6)
+
+
+def test_an_expert_with_more_rows_than_slots_takes_another_turn():
+    arrays = list(plain.problem(1, tokens=TOKENS))
+    arrays[2] = np.tile(np.array([[3, 1]], np.int32), (TOKENS, 1))
+    d_y = np.zeros((TOKENS, D), np.float32)
+    assert_close(values(arrays), plain.by_hand(*arrays, d_y)[0], 2e-6)
+
+
+def test_an_expert_that_overflows_spoils_only_its_own_tokens():
+    arrays = list(plain.problem(7, tokens=TOKENS))
+    arrays[5] = arrays[5].copy()
+    arrays[5][LAYER * E + 2] = np.inf
+    uses_it = (arrays[2] == 2).any(1)
+    assert 0 < uses_it.sum() < TOKENS
+    np.testing.assert_array_equal(np.isfinite(np.asarray(values(arrays))).all(1), ~uses_it)
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_variants_match_the_loop_by_hand(name):
+    variant = variants.VARIANTS[name]
+    # Weighted inputs make each pair a token of its own, which leaves the number of rows as it is.
+    experts_TK, floats = variants.problem(0, variant["bias"], TOKENS)
+    arrays, biases = [*floats[:2], experts_TK, *floats[2:5]], tuple(map(jnp.asarray, floats[5:])) or None
+    activation = Activation(variant["kind"], variants.LIMIT, variants.ALPHA)
+    found = values(arrays, biases=biases, activation=activation, scale_input=variant["scale_input"])
+    wanted = variants.by_hand(experts_TK, floats, variant["kind"], variant["scale_input"])
+    assert_close(found, wanted, 2e-6)
+
+
+def test_bfloat16_is_as_close_as_its_mantissa_allows():
+    arrays = plain.problem(5, tokens=TOKENS)
+    rounded = [jnp.asarray(a) if a.dtype == np.int32 else jnp.asarray(a, jnp.bfloat16) for a in arrays]
+    exact = [np.asarray(a) if a.dtype == jnp.int32 else np.asarray(a, np.float32) for a in rounded]
+    found = values(rounded)
+    assert found.dtype == jnp.bfloat16
+    assert_close(found, plain.by_hand(*exact, np.zeros((TOKENS, D), np.float32))[0], 2e-2)
+
+
+@pytest.mark.parametrize("quantisation", ["int8", "int4"])
+def test_rounded_and_adapted_weights_count_as_their_sums(quantisation):
+    """Gate rounded, up rounded with an update, down in floats with an update."""
+    rng = np.random.default_rng(3)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32) / 4  # noqa: E731
+    gate, up, down = normal(L * E, 32, 64), normal(L * E, 32, 64), normal(L * E, 64, 32)
+    a_up, b_up, a_down, b_down = (
+        normal(L * E, 32, 2),
+        normal(L * E, 2, 64),
+        normal(L * E, 64, 2),
+        normal(L * E, 2, 32),
+    )
+    gate, up = quantise(gate, quantisation), quantise(up, quantisation)
+    _, weights_TK, experts_TK, *_ = map(jnp.asarray, plain.problem(4, tokens=TOKENS))
+    stack = Stack(gate, Adapted(up, a_up, b_up), Adapted(down, a_down, b_down))
+    sums = Stack(dense(gate, "float32"), dense(up, "float32") + a_up @ b_up, down + a_down @ b_down)
+    run = lambda stack: blocks_ffn(x_TD, weights_TK, experts_TK, stack, LAYER * E, E, Activation())  # noqa: E731
+    x_TD = normal(TOKENS, 32)
+    with_gradients, _ = jax.vjp(run, sums)  # the loop over blocks
+    np.testing.assert_allclose(run(stack), with_gradients, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stack_of_layers_is_neither_copied_nor_converted(dtype):
+    x_TD, weights_TK, experts_TK, *stack = map(jnp.asarray, plain.problem(10, tokens=TOKENS))
+    wide = [jnp.tile(w, (16, 8, 8)).astype(dtype) for w in stack]
+
+    def forward(x, weights, experts, *stack):
+        return expert_ffn(x, weights, experts, *stack, first_group=4, n_experts=E, kernel="blocks")
+
+    x_TD = jnp.tile(x_TD, (1, 8)).astype(dtype)
+    compiled = jax.jit(forward).lower(x_TD, weights_TK, experts_TK, *wide).compile()
+    smallest_copy = wide[0].size * 2  # one of the three weight stacks in bfloat16
+    assert compiled.memory_analysis().temp_size_in_bytes < smallest_copy
