@@ -80,7 +80,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, row: Row, traits: Traits, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Attends; with a cache, writes this call's keys and values into it and attends to all of its slots.
+        """Attends, and writes this call's keys and values into the cache if there is one.
 
         Args:
             x_BTD: normalised hidden states.
@@ -161,11 +161,15 @@ def attend_row(
     scale: float | None,
     sinks_N: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache | None]:
-    """`attend` over a row's own keys, or over the cache after they are written into it."""
+    """Attention over the keys that the mask speaks of: the row's own (S = T), or all slots of the cache.
+
+    A prompt looks at its own keys: nothing comes before them, so the cache is only written.
+    """
     q_BTNH, k_BTGH, v_BTGW = qkv
-    if cache is None:
-        return attend(q_BTNH, k_BTGH, v_BTGW, mask_BTS, scale=scale, sinks_N=sinks_N), None
-    cache = cache.write(k_BTGH, v_BTGW)
+    if cache is not None:
+        cache = cache.write(k_BTGH, v_BTGW)
+    if mask_BTS.shape[2] == q_BTNH.shape[1]:
+        return attend(q_BTNH, k_BTGH, v_BTGW, mask_BTS, scale=scale, sinks_N=sinks_N), cache
     return attend_heads_first(q_BTNH, *cache.read(), mask_BTS, scale=scale, sinks_N=sinks_N), cache
 
 

@@ -53,15 +53,16 @@ class _Saved(NamedTuple):
 def choose_block_rows(n_pairs: int, n_experts: int) -> tuple[int, ...]:
     """Rows of the blocks, largest first, from an expert's mean share of the rows.
 
-    Measured: fewer than 8 rows cost the same as 8; 64 rows run on little more than one core, 256 on two. With
-    so many, more sizes pay: most experts are one block, and little is padded. Every size is one more loop to
-    compile.
+    Measured: fewer than 8 rows cost the same as 8, and an expert should be one block, little of it padding;
+    so the sizes go up to half as much again as the share, in small steps. Every size is one more loop to
+    compile, twelve are the most.
     """
     share = max(1, n_pairs // n_experts)
-    rows = min(256, max(8, 1 << (share.bit_length() - 1)))
-    if rows == 256:
-        return (320, 256, 192, 128, 64, 32)
-    return tuple(rows >> i for i in range(3) if rows >> i >= 64) or (rows,)
+    share = min(256, 1 << (share.bit_length() - 1))
+    if share < 8:
+        return (8,)
+    step = min(32, max(8, share // 2))
+    return tuple(range(max(2 * step, share * 3 // 2), 0, -step))
 
 
 def blocks_ffn(

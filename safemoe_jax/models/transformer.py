@@ -219,14 +219,10 @@ def prefill(
         t.
     """
     row = _row(config, tokens_BT, attention_mask_BT, None, None, override)
-    free = ((0, 0), (0, cache_length - tokens_BT.shape[1]))
-    row = row._replace(
-        mask_BTS=jnp.pad(row.mask_BTS, ((0, 0), *free)),
-        key_positions_BS=jnp.pad(row.key_positions_BS, free),
-        slot=jnp.int32(0),
-    )
+    row = row._replace(slot=jnp.int32(0))
     cache = empty_cache(config, tokens_BT.shape[0], cache_length, compute.jnp_dtype)
-    cache = cache._replace(positions_BS=row.key_positions_BS)
+    free = ((0, 0), (0, cache_length - tokens_BT.shape[1]))
+    cache = cache._replace(positions_BS=jnp.pad(row.key_positions_BS, free))
     x_BTD, _, cache = _all_layers(config, weights, tokens_BT, row, override, compute, cache)
     last_B = attention_mask_BT.sum(axis=1, dtype=jnp.int32) - 1
     x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]

@@ -117,7 +117,7 @@ def test_a_group_that_overflows_spoils_only_its_own_tokens():
 
 
 def products(trainable: bool, policy, differentiate: bool = True) -> int:
-    """Matrix products in the lowered program of a loss over a rematerialised scan of layers."""
+    """Matrix products of a block in the lowered program of a loss over a rematerialised scan of layers."""
     x, weights, experts, *stack = (jnp.asarray(a) for a in problem(8, tokens=24))
 
     def loss(x, scale_LD, stack):
@@ -135,7 +135,9 @@ def products(trainable: bool, policy, differentiate: bool = True) -> int:
     if differentiate:
         function = jax.grad(loss, argnums=(1, 2) if trainable else 1)
     text = jax.jit(function).lower(x, jnp.ones((L, D)), stack).as_text()
-    return text.count("stablehlo.dot_general")
+    each, rest = divmod(text.count("stablehlo.dot_general"), len(choose_block_rows(experts.size, E)))
+    assert rest == 0
+    return each
 
 
 def test_frozen_weights_get_no_gradient_and_saved_activations_are_not_recomputed():
@@ -193,8 +195,18 @@ def test_blocks_cover_every_row_once(sizes):
 
 def test_block_rows_follow_the_share_of_an_expert():
     assert choose_block_rows(32 * 8, 64) == (8,)  # decoding
-    assert choose_block_rows(512 * 8, 64) == (64,)
-    assert choose_block_rows(2048 * 8, 64) == (320, 256, 192, 128, 64, 32)  # training
+    assert choose_block_rows(64 * 8, 64) == (16, 8)
+    assert choose_block_rows(256 * 8, 64) == (48, 32, 16)
+    assert choose_block_rows(512 * 8, 64) == (96, 64, 32)
+    assert choose_block_rows(2048 * 8, 64) == tuple(range(384, 0, -32))  # training
+    assert choose_block_rows(9999 * 8, 64) == choose_block_rows(2048 * 8, 64)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 33, 64, 100, 256, 512, 777, 1024, 4096])
+def test_every_block_size_is_a_multiple_of_the_smallest(tokens):
+    sizes = choose_block_rows(tokens * 8, 64)
+    assert list(sizes) == sorted(set(sizes), reverse=True)
+    assert all(rows % sizes[-1] == 0 for rows in sizes)
 
 
 def test_kernel_follows_platform_and_size():
