@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.activation import SILU, Activation
-from safemoe_jax.models.adapted import Adapted, AnyWeight, base_of, shape_of, times
+from safemoe_jax.models.adapted import Adapted, AnyWeight, shape_of, times
 from safemoe_jax.models.expert_blocks import blocks_ffn
 from safemoe_jax.models.expert_layout import Pairs, collect, dispatch, sort_pairs
 from safemoe_jax.models.expert_stack import Stack
@@ -247,10 +247,7 @@ def _sharded(
     """`_one_device` on every device, for its tokens, experts and slice of the expert width."""
     _check_divides(mesh, "expert", n_experts, "experts")
     _check_divides(mesh, "tensor", shape_of(stack.gate)[2], "the expert width")
-    if isinstance(base_of(stack.down), Int4):
-        _check_divides(
-            mesh, "tensor", base_of(stack.down).scales.shape[1], "the 4-bit blocks of the expert width"
-        )
+    stack = stack._replace(down=_with_uncut_blocks(stack.down, mesh.shape.get("tensor", 1)))
     batch = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
     if x_TD.shape[0] % math.prod(mesh.shape[axis] for axis in batch):
         batch = None  # too few tokens to split: every device computes all of them
@@ -296,6 +293,17 @@ def _parts_in(weight: AnyWeight, spec: P) -> P | Quantised | Adapted:
         return spec
     scales = spec if isinstance(weight, Int4) else P(spec[0], None, spec[2])
     return type(weight)(spec, scales)
+
+
+def _with_uncut_blocks(weight: AnyWeight, shards: int) -> AnyWeight:
+    """The same weight, its 4-bit blocks so small that no shard of the inputs cuts one: a block's scale is
+    that of its parts too."""
+    if isinstance(weight, Adapted):
+        return weight._replace(base=_with_uncut_blocks(weight.base, shards))
+    if not isinstance(weight, Int4):
+        return weight
+    parts = shards // math.gcd(shards, weight.scales.shape[1])
+    return weight._replace(scales=jnp.repeat(weight.scales, parts, axis=1))
 
 
 def _check_divides(mesh: Mesh, axis: str, size: int, what: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from safemoe_jax.errors import InputError
 from safemoe_jax.models.config import ModelConfig
 from safemoe_jax.models.params import Params, ParamSpec, is_quantised
 from safemoe_jax.models.quantised import Int4, Int8, Quantisation, Weight, dequantise, quantise
@@ -31,13 +32,20 @@ def quantised_weights(config: ModelConfig, quantisation: Quantisation) -> dict[s
 def quantise_params(
     config: ModelConfig, params: Params, quantisation: Quantisation
 ) -> tuple[ModelConfig, Params]:
-    """The network with its weights rounded to 8 or 4 bits.
+    """The network with its weights rounded to 8 or 4 bits; adapters stay beside them as they are.
 
     `load_pretrained(..., quantisation=...)` does the same while it reads, without the float weights.
 
     Raises:
-        InputError: 4 bits, and the block does not divide a weight's inputs.
+        InputError: the weights are quantised already, or 4 bits, and the block does not divide a weight's
+            inputs.
     """
+    if config.quantisation is not None:
+        raise InputError(
+            f"the weights are held in {config.quantisation} already",
+            where="quantise_params",
+            expected="the weights in floats, which are rounded once",
+        )
     chosen = quantised_weights(config, quantisation)
     parts = {name: value for name, value in params.items() if name not in chosen}
     rounded = jax.jit(quantise, static_argnums=1)

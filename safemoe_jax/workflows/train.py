@@ -85,9 +85,9 @@ def finetune(config: TrainConfig, *, model: Model | None = None, on_step: Sequen
 
     Args:
         config: the run.
-        model: the model to start from where it is already loaded; must be what `config.model` names. Its
-            adapters are merged, and its weights rounded where they are not held in `config.quantisation`
-            already. If that is None, a quantised model's own is taken.
+        model: the model to start from where it is already loaded; must be what `config.model` names. In
+            floats its adapters are merged, and then its weights rounded to `config.quantisation`. One that is
+            quantised already stays as it is and has no adapters; `config.quantisation` may be None then.
         on_step: called as the run goes on, for evaluating while training.
 
     Returns:
@@ -135,6 +135,12 @@ def plan_run(config: TrainConfig, model: Model | None = None) -> tuple[Plan, Mod
 def _with_quantisation(config: TrainConfig, model: Model | None) -> TrainConfig:
     """The configuration with the quantisation of a given model, so that the run folder says which it was."""
     held = None if model is None else model.config.quantisation
+    if held is not None and model.config.lora is not None:
+        raise InputError(
+            f"the given model has adapters on {held} weights; to merge them would round the weights again",
+            where="finetune, model",
+            expected="the model in floats, whose adapters are merged before it is rounded, or one without",
+        )
     if held is None or held == config.quantisation:
         return config
     if config.quantisation is not None:

@@ -112,6 +112,9 @@ def test_refusals():
     config, params = quantise_params(OLMOE, drawn(OLMOE), "int8")
     with pytest.raises(InputError, match="full fine-tuning of int8 weights"):
         split_trainable(config, params)
+    for again in ("int8", "int4"):
+        with pytest.raises(InputError, match="held in int8 already"):
+            quantise_params(config, params, again)
     with pytest.raises(InputError, match="cannot be drawn"):
         initialise(declare(config), jax.random.key(0))
 

@@ -50,9 +50,3 @@ def test_a_network_read_into_few_bits_is_that_of_one_device(report, network, mes
     assert sum(name.endswith("lora_a") for name in differences) == len(lora.targets)
     assert {name: found for name, found in differences.items() if not found < 1e-5} == {}
     assert report["shards"][case] == sizes.fsdp * sizes.expert * sizes.tensor
-
-
-@pytest.mark.parametrize("mesh", MESHES)
-def test_blocks_of_experts_that_the_devices_cannot_share_are_refused(report, mesh):
-    refused = "2 devices cannot share the 4-bit blocks of the expert width (1) evenly"
-    assert report["refusals"][mesh].startswith(refused)

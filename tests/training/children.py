@@ -1,7 +1,8 @@
-"""Runs in processes of their own: one that is killed, one that sees eight devices.
+"""Runs in processes of their own: one that is killed, two that see eight devices.
 
 python -m tests.training.children killed FOLDER
 python -m tests.training.children mesh FOLDER
+python -m tests.training.children quantised FOLDER
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ import json
 import sys
 from pathlib import Path
 
+import yaml
+
+from safemoe_jax.cli import main
+from safemoe_jax.models.config import LoraConfig
 from safemoe_jax.parallel.mesh import MeshConfig
-from safemoe_jax.training.config import TrainConfig
+from safemoe_jax.training.config import TrainConfig, to_dict
 from safemoe_jax.workflows.train import finetune
 from tests.training.tiny import World, make_world
 
@@ -48,5 +53,21 @@ def mesh(folder: Path) -> None:
     (folder / "losses.json").write_text(json.dumps(losses))
 
 
+def quantised(folder: Path) -> None:
+    """`safemoe train` on 8 and 4 bits, with adapters on experts too, on one device and on eight; run folders
+    METHOD-one and METHOD-eight."""
+    world = make_world(folder, d_model=64, expert_dim=64)
+    lora = LoraConfig(4, 8.0, ("q_proj", "v_proj", "mlp.experts.down_proj"))
+    meshes = {"one": MeshConfig(), "eight": MeshConfig(fsdp=2, expert=2, tensor=2)}
+    for method in ("int8", "int4"):
+        for name, sizes in meshes.items():
+            defence = world.defence("safemoe", t_reg=2)
+            run = {"epochs": 1.0, "batch_size": 6, "mesh": sizes, "lora": lora, "defence": defence}
+            config = world.train_config(f"{method}-{name}", **run)
+            file = folder / f"{method}-{name}.yaml"
+            file.write_text(yaml.safe_dump(to_dict(config)))
+            assert main(["train", "--config", str(file), "--quantisation", method]) == 0
+
+
 if __name__ == "__main__":
-    {"killed": killed, "mesh": mesh}[sys.argv[1]](Path(sys.argv[2]))
+    {"killed": killed, "mesh": mesh, "quantised": quantised}[sys.argv[1]](Path(sys.argv[2]))

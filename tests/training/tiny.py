@@ -60,7 +60,15 @@ class World:
         return DefenceConfig(name=name, reference=str(self.reference), **changes)
 
 
-def make_world(folder: Path, *, n_samples: int = 18, n_heads: int = 2, vocab_size: int = 320) -> World:
+def make_world(
+    folder: Path,
+    *,
+    n_samples: int = 18,
+    n_heads: int = 2,
+    vocab_size: int = 320,
+    d_model: int = 16,
+    expert_dim: int = 8,
+) -> World:
     """Writes everything into a folder, or describes what an earlier call wrote there."""
     rng = np.random.default_rng(0)
     rows = [_row(rng, number) for number in range(n_samples)]
@@ -68,9 +76,9 @@ def make_world(folder: Path, *, n_samples: int = 18, n_heads: int = 2, vocab_siz
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = folder / "model"
     config = ModelConfig(
-        family="olmoe", vocab_size=vocab_size, d_model=16, n_layers=2, n_heads=n_heads, n_kv_heads=n_heads,
-        head_dim=16 // n_heads, norm_eps=1e-5, n_experts=4, top_k=2, expert_dim=8, qk_norm="full",
-        initializer_range=0.3,
+        family="olmoe", vocab_size=vocab_size, d_model=d_model, n_layers=2, n_heads=n_heads,
+        n_kv_heads=n_heads, head_dim=d_model // n_heads, norm_eps=1e-5, n_experts=4, top_k=2,
+        expert_dim=expert_dim, qk_norm="full", initializer_range=0.3,
     )  # fmt: skip
     params = initialise(declare(config), jax.random.key(1), stddev=config.initializer_range)
     reference = folder / "reference.safetensors"
