@@ -1,6 +1,6 @@
 """Parameters from the tensors of a checkpoint, straight into the devices' shardings.
 
-Every device's share of a parameter gets memory of its own, which JAX's CPU devices take over and others copy.
+Every different share of a parameter gets memory of its own, which JAX's CPU devices take over, others copy.
 Several threads fill it in blocks that the processor's cache holds: a block comes from the file in the disk's
 order of axes, is checked, and goes transposed to the shares that have a part in it. What is not transposed
 and lies in one share is read to its place at once.
@@ -24,7 +24,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from safemoe_jax.checkpoints.safetensors_files import Entry, Reader, all_finite, copy, transpose
+from safemoe_jax.checkpoints.safetensors_files import (
+    TRANSPOSE_BYTES,
+    Entry,
+    Reader,
+    all_finite,
+    copy,
+    transpose,
+)
 from safemoe_jax.errors import InputError
 from safemoe_jax.families.tensor_table import PACK, SCALED, SCALES, Piece
 from safemoe_jax.models.params import ParamSpec
@@ -37,6 +44,14 @@ ALIGNMENT = 64
 Entries = Mapping[str, Entry]
 # First and last + 1 of a share along each axis of its parameter.
 Bounds = tuple[tuple[int, int], ...]
+# FP4 (E2M1) by code; the upper half of the codes is negative. A byte holds two, the lower half first.
+_FP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+_FP4 = np.concatenate([_FP4, -_FP4])
+_FP4_PAIRS = np.stack([np.tile(_FP4, 16), np.repeat(_FP4, 16)], axis=-1)
+_FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_FP8_NUMBERS = np.arange(256, dtype=np.uint8).view(_FP8).astype(np.float32)
+_NOT_A_SCALE = 255
+_SCALES = np.ldexp(np.float32(1), np.arange(_NOT_A_SCALE) - 127)
 
 
 class Job(NamedTuple):
@@ -53,16 +68,6 @@ class Job(NamedTuple):
     targets: list[tuple[tuple[slice, ...], np.ndarray]]
 
 
-# FP4 (E2M1) by code; the upper half of the codes is negative. A byte holds two, the lower half first.
-_FP4 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-_FP4 = np.concatenate([_FP4, -_FP4])
-_FP4_PAIRS = np.stack([np.tile(_FP4, 16), np.repeat(_FP4, 16)], axis=-1)
-_FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-_FP8_NUMBERS = np.arange(256, dtype=np.uint8).view(_FP8).astype(np.float32)
-_NOT_A_SCALE = 255
-_SCALES = np.ldexp(np.float32(1), np.arange(_NOT_A_SCALE) - 127)
-
-
 class Loader:
     """Reads parameters, one share at a time. Use it as a context, which holds threads and open files.
 
@@ -75,7 +80,7 @@ class Loader:
         self.reader = Reader()
         self._pool = ThreadPoolExecutor(THREADS)
         self._movers = ThreadPoolExecutor(os.cpu_count() or 1)
-        self._scratch = threading.local()
+        self._of_thread = threading.local()
 
     def __enter__(self) -> Loader:
         return self
@@ -195,36 +200,32 @@ class Loader:
         shape = [part.stop - part.start for part in job.index]
         if swapped:
             shape[-1], shape[-2] = shape[-2], shape[-1]
-        rows = self._scratch_array(shape, job.targets[0][1].dtype)
+        dtype, (memory, tile) = job.targets[0][1].dtype, self._scratch()
+        rows = memory[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
         block = rows.swapaxes(-1, -2) if swapped else rows
         _read_block(self.reader, self.entries, job.piece, job.index, block)
         for part, target in job.targets:
             if swapped:
-                transpose(block[part].swapaxes(-1, -2), target)
+                transpose(block[part].swapaxes(-1, -2), target, tile)
             else:
                 copy(block[part], target)
 
-    def _scratch_array(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-        """This thread's memory for a block, which it overwrites with the next one."""
-        if not hasattr(self._scratch, "memory"):
-            self._scratch.memory = np.empty(BLOCK_BYTES, np.uint8)
-        return self._scratch.memory[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+    def _scratch(self) -> tuple[np.ndarray, np.ndarray]:
+        """This thread's memory for a block and for transposing it, which the next block overwrites."""
+        if not hasattr(self._of_thread, "scratch"):
+            self._of_thread.scratch = tuple(np.empty(n, np.uint8) for n in (BLOCK_BYTES, TRANSPOSE_BYTES))
+        return self._of_thread.scratch
 
 
 def _put(share: np.ndarray, devices: Sequence[jax.Device | None]) -> list[jax.Array]:
-    """Moves a share to the first device and from there to the others."""
+    """Moves a share to the devices that hold it.
+
+    CPU devices all take over its memory, which nobody writes to. Of others the first one copies it, and the
+    rest copy from there.
+    """
     first = jax.block_until_ready(jax.device_put(share, devices[0]))
-    return [first, *(_replica(first, device) for device in devices[1:])]
-
-
-def _replica(array: jax.Array, device: jax.Device) -> jax.Array:
-    """The same array on another device of its kind."""
-    if device.platform != "cpu":
-        return jax.block_until_ready(jax.device_put(array, device))
-    # NumPy's new memory comes in large pages, JAX's in small ones: several times as fast to be written to.
-    memory = _aligned(array.shape, array.dtype)
-    copy(np.asarray(array.addressable_data(0)), memory)
-    return jax.block_until_ready(jax.device_put(memory, device))
+    source = share if first.device.platform == "cpu" else first
+    return [first, *(jax.block_until_ready(jax.device_put(source, device)) for device in devices[1:])]
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

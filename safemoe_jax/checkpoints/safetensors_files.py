@@ -35,7 +35,8 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PAGE = 4096
-_TILE, _TILE_PAD = 256, 32
+_TILE, _PADDED = 256, 288
+TRANSPOSE_BYTES = _TILE * _PADDED * 8
 
 
 class Entry(NamedTuple):
@@ -173,18 +174,23 @@ def copy(source: np.ndarray, out: np.ndarray) -> None:
         out[...] = source
 
 
-def transpose(rows: np.ndarray, out: np.ndarray) -> None:
+def transpose(rows: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> None:
     """out[..., i, o] = rows[..., o, i] of the same element type, several times as fast as NumPy does it.
 
     Tile by tile, each copied first to memory whose rows are some bytes longer than a power of two. Numbers
     that lie below one another would otherwise fall to the same few places of the cache and evict each other.
+
+    Args:
+        rows: what to transpose, at most 8 bytes a number.
+        out: filled.
+        scratch: uint8 [TRANSPOSE_BYTES], overwritten; new memory for each call would cost more than the rest.
     """
     if rows.ndim > 2:
         for one, target in zip(rows, out, strict=True):
-            transpose(one, target)
+            transpose(one, target, scratch)
         return
     rows, out = (array.view(f"u{array.itemsize}") for array in (rows, out))
-    tile = np.empty((_TILE, _TILE + _TILE_PAD), rows.dtype)
+    tile = scratch.view(rows.dtype)[: _TILE * _PADDED].reshape(_TILE, _PADDED)
     height, width = rows.shape
     for i, j in itertools.product(range(0, height, _TILE), range(0, width, _TILE)):
         source = rows[i : i + _TILE, j : j + _TILE]

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from safemoe_jax.checkpoints.atomic import new_file, new_folder
 from safemoe_jax.checkpoints.safetensors_files import (
+    TRANSPOSE_BYTES,
     Planned,
     Reader,
     all_finite,
@@ -81,7 +82,8 @@ def test_transposing_by_tiles(dtype, shape):
     rows = np.random.default_rng(0).normal(size=shape).astype(dtype)
     out = np.full([*shape[:-2], shape[-1] + 2, shape[-2] + 3], 7, dtype)
     wide = np.concatenate([rows, rows], axis=-1)
-    transpose(wide[..., : shape[-1]], out[..., 1:-1, 2:-1])
+    scratch = np.empty(TRANSPOSE_BYTES, np.uint8)
+    transpose(wide[..., : shape[-1]], out[..., 1:-1, 2:-1], scratch)
     np.testing.assert_array_equal(out[..., 1:-1, 2:-1], np.swapaxes(rows, -1, -2))
     out[..., 1:-1, 2:-1] = 7
     assert (out == 7).all()
