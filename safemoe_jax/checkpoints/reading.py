@@ -180,7 +180,7 @@ class Loader:
         Args:
             places: where the parameter is on disk.
             region: what is read.
-            shares: blocks within it.
+            shares: blocks that fill it together.
             dtype: of the result.
 
         Returns:
