@@ -6,10 +6,13 @@
 What is compared: `safetensors` alone is `safetensors.numpy.load_file` of every file of the folder, with all
 tensors kept, because that is what loading is for. Ours is `load_params`: the same bytes checked, stacked,
 transposed and on the devices. Both read files that the system has in memory already, take turns in one
-process, and free what they loaded before the other one's clock starts; medians are compared.
+process, and free what they loaded before the other one's clock starts; medians are compared. Before either
+clock starts, as much memory is written to and freed: a virtual machine gives idle memory back to its host,
+and to get it again takes about ten times as long as loading, whoever's turn it falls to.
 Three folders: the published OLMoE layout (one tensor an expert and projection) in float32 and in bfloat16,
 and the fused layout of transformers 5. Each is loaded onto one device and onto meshes of 8 fake ones. GB/s
-counts the folder's bytes; a mesh with data 2 holds every parameter twice, so there twice as much is moved.
+counts the folder's bytes. A mesh with data 2 holds every parameter twice; CPU devices of one process share
+the memory of what they both hold.
 """
 
 from __future__ import annotations
@@ -118,9 +121,10 @@ def load_ours(folder: Path, mesh: Mesh | None) -> dict[str, jax.Array]:
     return jax.block_until_ready(load_params(folder, read_config(folder)[0], mesh=mesh))
 
 
-def seconds_of(load: Callable[[], object]) -> float:
-    """Seconds of one loading; what it gives is freed after the clock has stopped."""
+def seconds_of(load: Callable[[], object], size: int) -> float:
+    """Seconds of one loading of `size` bytes; what it gives is freed after the clock has stopped."""
     gc.collect()
+    np.ones(size + size // 4, np.uint8)  # freed at once: memory that the machine has at hand
     started = time.perf_counter()
     loaded = load()
     seconds = time.perf_counter() - started
@@ -131,7 +135,7 @@ def seconds_of(load: Callable[[], object]) -> float:
 def compare(folder: Path, size: int, mesh: Mesh | None, rounds: int) -> dict[str, float]:
     """GB/s of both and their ratio: medians of alternating rounds after one that is not measured."""
     runs = {"safetensors": lambda: load_alone(folder), "safemoe_jax": lambda: load_ours(folder, mesh)}
-    taken = [{name: seconds_of(run) for name, run in runs.items()} for _ in range(rounds + 1)][1:]
+    taken = [{name: seconds_of(run, size) for name, run in runs.items()} for _ in range(rounds + 1)][1:]
     speed = {name: size / 1e9 / statistics.median(turn[name] for turn in taken) for name in runs}
     return {**speed, "ratio": speed["safemoe_jax"] / speed["safetensors"]}
 

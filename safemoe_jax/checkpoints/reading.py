@@ -1,10 +1,9 @@
 """Parameters from the tensors of a checkpoint, straight into the devices' shardings.
 
-A parameter, or what this process holds of it, is assembled in a host buffer that keeps the disk's order of
-axes, so that bytes go from the file to their place without a further copy; JAX transposes while it moves each
-device's share to it. Several threads read the blocks of a share. There is one buffer, as large as the largest
-parameter at most, and it serves all of them: memory that is new to a process costs more time than reading a
-file that the system has at hand.
+Every different share of a parameter gets memory of its own, which JAX's CPU devices take over, others copy.
+Several threads fill it in blocks that the processor's cache holds: a block comes from the file in the disk's
+order of axes, is checked, and goes transposed to the shares that have a part in it. What is not transposed
+and lies in one share is read to its place at once.
 
 Legend: E experts, O outputs, I inputs, G groups of 32 inputs that share a scale.
 """
@@ -15,22 +14,32 @@ import functools
 import itertools
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from safemoe_jax.checkpoints.safetensors_files import Entry, Reader, all_finite, copy
+from safemoe_jax.checkpoints.safetensors_files import (
+    TRANSPOSE_BYTES,
+    Entry,
+    Reader,
+    all_finite,
+    copy,
+    transpose,
+)
 from safemoe_jax.errors import InputError
 from safemoe_jax.families.tensor_table import PACK, SCALED, SCALES, Piece
 from safemoe_jax.models.params import ParamSpec
 from safemoe_jax.models.quantised import Int4, Int8, Quantisation, Quantised, part_specs, quantise
 
-BLOCK_BYTES = 8 * 2**20
-THREADS = 8
+# Blocks of as many threads as compute and as many that wait for a disk; together about a large cache.
+BLOCK_BYTES = 4 * 2**20
+THREADS = min(16, 2 * (os.cpu_count() or 1))
 ALIGNMENT = 64
 Entries = Mapping[str, Entry]
 # First and last + 1 of a share along each axis of its parameter.
@@ -45,6 +54,20 @@ _NOT_A_SCALE = 255
 _SCALES = np.ldexp(np.float32(1), np.arange(_NOT_A_SCALE) - 127)
 
 
+class Job(NamedTuple):
+    """A block to read.
+
+    Attributes:
+        piece: the disk tensor.
+        index: the block within the piece.
+        targets: (a part of the block, where in a share's memory it goes).
+    """
+
+    piece: Piece
+    index: tuple[slice, ...]
+    targets: list[tuple[tuple[slice, ...], np.ndarray]]
+
+
 class Loader:
     """Reads parameters, one share at a time. Use it as a context, which holds threads and open files.
 
@@ -57,7 +80,7 @@ class Loader:
         self.reader = Reader()
         self._pool = ThreadPoolExecutor(THREADS)
         self._movers = ThreadPoolExecutor(os.cpu_count() or 1)
-        self._buffer = np.empty(0, np.uint8)
+        self._of_thread = threading.local()
 
     def __enter__(self) -> Loader:
         return self
@@ -80,16 +103,13 @@ class Loader:
             InputError: a tensor holds NaN or infinite values, or its file is too short.
         """
         if sharding is None:
-            share = self.read_share(places, [slice(0, n) for n in spec.shape], dtype)
-            return self._put(share, [None])[0]
+            whole = tuple((0, n) for n in spec.shape)
+            return _put(*self.read_shares(places, whole, [whole], dtype), [None])[0]
         holders = _holders(spec.shape, sharding)
         shares: list[jax.Array] = []
         for region, inside in regions(list(holders)).items():
-            block = self.read_share(places, _slices(region), dtype)
-            offset = [start for start, _ in region]
-            moves = [(block[_slices(bounds, offset)], holders[bounds]) for bounds in inside]
-            # In threads, because a copy that transposes takes longer than the reading does.
-            for copies in self._movers.map(lambda move: self._put(*move), moves):
+            read = self.read_shares(places, region, inside, dtype)
+            for copies in self._movers.map(_put, read, [holders[bounds] for bounds in inside]):
                 shares += copies
         return jax.make_array_from_single_device_arrays(spec.shape, sharding, shares)
 
@@ -114,7 +134,7 @@ class Loader:
         kind = Int8 if quantisation == "int8" else Int4
         if shardings is None:
             parts = self._read_rounded(places, [(0, n) for n in spec.shape], quantisation)
-            return kind(*(self._put(part, [None])[0] for part in parts))
+            return kind(*(_put(part, [None])[0] for part in parts))
         shapes = [part.shape for part in part_specs(spec, quantisation)]
 
         def with_all_inputs(share: Bounds) -> Bounds:
@@ -146,66 +166,73 @@ class Loader:
         rounded = jax.jit(quantise, static_argnums=1)
         (first, last), *inner = region
         for layer in range(first, last):
-            index = _slices([(layer, layer + 1), *inner])
-            share = jnp.array(self.read_share(places, index, np.dtype(np.float32)))
+            bounds = ((layer, layer + 1), *inner)
+            (share,) = self.read_shares(places, bounds, [bounds], np.dtype(np.float32))
             for part, one in zip(found, rounded(share, quantisation), strict=True):
                 part[layer - first] = np.asarray(one)[0]
         return found
 
-    def _put(self, share: np.ndarray, devices: Sequence[jax.Device | None]) -> list[jax.Array]:
-        """Moves a share to the first device and from there to the others.
+    def read_shares(
+        self, places: Sequence[Piece], region: Bounds, shares: Sequence[Bounds], dtype: np.dtype
+    ) -> list[np.ndarray]:
+        """Blocks of a parameter, assembled from the disk tensors that they cover.
 
-        JAX may keep contiguous memory as it is, and the buffer must not be kept.
-        """
-        if share.flags.c_contiguous and np.may_share_memory(share, self._buffer):
-            share = share.copy()
-        first = jax.block_until_ready(jax.device_put(share, devices[0]))
-        return [first, *(_replica(first, device) for device in devices[1:])]
-
-    def read_share(self, places: Sequence[Piece], index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
-        """A block of a parameter, assembled from the disk tensors that it covers.
+        Args:
+            places: where the parameter is on disk.
+            region: what is read.
+            shares: blocks that fill it together.
+            dtype: of the result.
 
         Returns:
-            An array of the block's shape. In memory its last two axes are swapped where they are on disk;
-            then it lies in the buffer, and the next call overwrites it. Otherwise it is the caller's.
+            An array for each share, contiguous, new and nobody else's.
         """
-        swapped = places[0].source.transpose
-        shape = [part.stop - part.start for part in index]
+        arrays = [_aligned([stop - start for start, stop in share], dtype) for share in shares]
+        for _ in self._pool.map(self._fill, _jobs(places, region, shares, arrays)):
+            pass
+        return arrays
+
+    def _fill(self, job: Job) -> None:
+        """Reads a block, to its place at once where the memory there has the disk's order."""
+        swapped = job.piece.source.transpose
+        if not swapped and len(job.targets) == 1:
+            _read_block(self.reader, self.entries, job.piece, job.index, job.targets[0][1])
+            return
+        shape = [part.stop - part.start for part in job.index]
         if swapped:
             shape[-1], shape[-2] = shape[-2], shape[-1]
-        share = self._room(shape, dtype, swapped)
-        out = share.swapaxes(-1, -2) if swapped else share
+        dtype, (memory, tile) = job.targets[0][1].dtype, self._scratch()
+        rows = memory[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        block = rows.swapaxes(-1, -2) if swapped else rows
+        _read_block(self.reader, self.entries, job.piece, job.index, block)
+        for part, target in job.targets:
+            if swapped:
+                transpose(block[part].swapaxes(-1, -2), target, tile)
+            else:
+                copy(block[part], target)
 
-        def read_job(job: tuple[Piece, tuple[slice, ...], np.ndarray]) -> None:
-            _read_block(self.reader, self.entries, *job)
-
-        for _ in self._pool.map(read_job, _jobs(places, index, out)):
-            pass
-        return out
-
-    def _room(self, shape: Sequence[int], dtype: np.dtype, swapped: bool) -> np.ndarray:
-        """Memory for a share: the buffer where JAX copies to transpose, new memory where it may keep it."""
-        if not swapped:
-            return _aligned(shape, dtype)
-        nbytes = math.prod(shape) * dtype.itemsize
-        if nbytes > self._buffer.size:
-            self._buffer = np.empty(0, np.uint8)  # the old one goes before the new one comes
-            self._buffer = np.empty(nbytes, np.uint8)
-        return self._buffer[:nbytes].view(dtype).reshape(shape)
+    def _scratch(self) -> tuple[np.ndarray, np.ndarray]:
+        """This thread's memory for a block and for transposing it, which the next block overwrites."""
+        if not hasattr(self._of_thread, "scratch"):
+            self._of_thread.scratch = tuple(np.empty(n, np.uint8) for n in (BLOCK_BYTES, TRANSPOSE_BYTES))
+        return self._of_thread.scratch
 
 
-def _replica(array: jax.Array, device: jax.Device) -> jax.Array:
-    """The same array on another device of its kind."""
-    if device.platform != "cpu":
-        return jax.block_until_ready(jax.device_put(array, device))
-    # NumPy's new memory comes in large pages, JAX's in small ones: several times as fast to be written to.
-    memory = _aligned(array.shape, array.dtype)
-    copy(np.asarray(array.addressable_data(0)), memory)
-    return jax.block_until_ready(jax.device_put(memory, device))
+def _put(share: np.ndarray, devices: Sequence[jax.Device | None]) -> list[jax.Array]:
+    """Moves a share to the devices that hold it.
+
+    CPU devices all take over its memory, which nobody writes to. Of others the first one copies it, and the
+    rest copy from there.
+    """
+    first = jax.block_until_ready(jax.device_put(share, devices[0]))
+    source = share if first.device.platform == "cpu" else first
+    return [first, *(jax.block_until_ready(jax.device_put(source, device)) for device in devices[1:])]
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """New memory at an address that JAX's CPU devices take over without a copy."""
+    """New memory at an address that JAX's CPU devices take over without a copy.
+
+    They never write to it: the first step that is given it to keep its result in makes new memory instead.
+    """
     nbytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -260,17 +287,38 @@ def target_dtype(stored: np.dtype, wanted: str | None) -> np.dtype:
 
 
 def _jobs(
-    places: Sequence[Piece], index: Sequence[slice], out: np.ndarray
-) -> Iterator[tuple[Piece, tuple[slice, ...], np.ndarray]]:
-    """Every piece within the block, cut into blocks of bounded size: (piece, its index, where it goes)."""
+    places: Sequence[Piece], region: Bounds, shares: Sequence[Bounds], arrays: Sequence[np.ndarray]
+) -> Iterator[Job]:
+    """Every piece within the region, cut into blocks of bounded size, each with the shares it goes to."""
     for piece in places:
-        lead, inner = index[: len(piece.at)], tuple(index[len(piece.at) :])
-        if any(not part.start <= i < part.stop for part, i in zip(lead, piece.at, strict=True)):
+        depth = len(piece.at)
+        if not _has(region[:depth], piece.at):
             continue
-        target = out[tuple(i - part.start for part, i in zip(lead, piece.at, strict=True))]
-        for block in _cut(inner, piece, out.dtype.itemsize):
-            offsets = zip(block, inner, strict=True)
-            yield piece, block, target[tuple(slice(b.start - i.start, b.stop - i.start) for b, i in offsets)]
+        # The shares that have a part in this piece: its bounds there and the memory for it.
+        parts = [
+            (share[depth:], array[tuple(i - start for (start, _), i in zip(share, piece.at, strict=False))])
+            for share, array in zip(shares, arrays, strict=True)
+            if _has(share[:depth], piece.at)
+        ]
+        for block in _cut(_slices(region[depth:]), piece, arrays[0].itemsize):
+            yield Job(piece, block, list(_targets(block, parts)))
+
+
+def _has(bounds: Bounds, at: Sequence[int]) -> bool:
+    return all(start <= i < stop for (start, stop), i in zip(bounds, at, strict=True))
+
+
+def _targets(
+    block: Sequence[slice], parts: Sequence[tuple[Bounds, np.ndarray]]
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """What a block and each of these parts have in common: its index in the block, its place in the part."""
+    for bounds, memory in parts:
+        common = [
+            (max(b.start, start), min(b.stop, stop)) for b, (start, stop) in zip(block, bounds, strict=True)
+        ]
+        if all(start < stop for start, stop in common):
+            offset = [start for start, _ in bounds]
+            yield _slices(common, [b.start for b in block]), memory[_slices(common, offset)]
 
 
 def _cut(index: tuple[slice, ...], piece: Piece, itemsize: int) -> Iterator[tuple[slice, ...]]:
@@ -292,7 +340,12 @@ def _cut(index: tuple[slice, ...], piece: Piece, itemsize: int) -> Iterator[tupl
 def _read_block(
     reader: Reader, entries: Entries, piece: Piece, index: tuple[slice, ...], out: np.ndarray
 ) -> None:
-    """Reads a block of a piece into its place in the buffer."""
+    """Reads a block of a piece, converts its numbers and checks them.
+
+    Args:
+        index: the block within the piece.
+        out: an array of the block's shape; its last two axes are swapped in memory where they are on disk.
+    """
     disk_index = piece.disk_index(index)
     target = out.swapaxes(-1, -2) if piece.source.transpose else out
     target = target[None] if piece.source.boxed else target

@@ -5,6 +5,7 @@ Format: 8 bytes little-endian header length, a JSON header (name -> dtype, shape
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,8 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PAGE = 4096
+_TILE, _PADDED = 256, 288
+TRANSPOSE_BYTES = _TILE * _PADDED * 8
 
 
 class Entry(NamedTuple):
@@ -171,10 +174,37 @@ def copy(source: np.ndarray, out: np.ndarray) -> None:
         out[...] = source
 
 
+def transpose(rows: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> None:
+    """out[..., i, o] = rows[..., o, i] of the same element type, several times as fast as NumPy does it.
+
+    Tile by tile, each copied first to memory whose rows are some bytes longer than a power of two. Numbers
+    that lie below one another would otherwise fall to the same few places of the cache and evict each other.
+
+    Args:
+        rows: what to transpose, at most 8 bytes a number.
+        out: filled.
+        scratch: uint8 [TRANSPOSE_BYTES], overwritten; new memory for each call would cost more than the rest.
+    """
+    if rows.ndim > 2:
+        for one, target in zip(rows, out, strict=True):
+            transpose(one, target, scratch)
+        return
+    rows, out = (array.view(f"u{array.itemsize}") for array in (rows, out))
+    tile = scratch.view(rows.dtype)[: _TILE * _PADDED].reshape(_TILE, _PADDED)
+    height, width = rows.shape
+    for i, j in itertools.product(range(0, height, _TILE), range(0, width, _TILE)):
+        source = rows[i : i + _TILE, j : j + _TILE]
+        part = tile[: source.shape[0], : source.shape[1]]
+        part[...] = source
+        out[j : j + _TILE, i : i + _TILE] = part.T
+
+
 def all_finite(array: np.ndarray) -> bool:
     """Whether no number is NaN or infinite; fast where all are finite."""
     if array.dtype == ml_dtypes.bfloat16:
-        return not ((array.view(np.uint16) & 0x7F80) == 0x7F80).any()
+        # Infinity and NaNs are the largest bits of either sign: of all int16, and of all uint16.
+        largest = array.view(np.int16).max(initial=0), array.view(np.uint16).max(initial=0)
+        return bool(largest[0] < 0x7F80 and largest[1] < 0xFF80)
     if array.dtype.kind != "f":
         return True
     with np.errstate(over="ignore", invalid="ignore"):

@@ -196,7 +196,8 @@ def attend_heads_first(
     scale: float | None = None,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal scaled dot-product attention; scores and softmax in float32.
+    """Causal scaled dot-product attention; scores and softmax in float32, also where q is bfloat16 and where
+    transformers' eager attention rounds them (`tests/parity/families/test_bfloat16_rules.py` says where).
 
     Query t must see no key behind slot t when T > 1: the queries are taken in blocks, and a block never
     touches the keys behind it, which saves up to half of the scores.

@@ -15,11 +15,14 @@ from safetensors.numpy import load_file, save_file
 
 from safemoe_jax.checkpoints.atomic import new_file, new_folder
 from safemoe_jax.checkpoints.safetensors_files import (
+    TRANSPOSE_BYTES,
     Planned,
     Reader,
+    all_finite,
     list_tensors,
     read_arrays,
     read_metadata,
+    transpose,
     write,
     write_arrays,
 )
@@ -70,6 +73,30 @@ def test_arrays_in_memory(tmp_path):
     got = load_file(tmp_path / "x")
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(got[name], array)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (513, 256), (2, 257, 300), (2, 3, 5, 4)])
+def test_transposing_by_tiles(dtype, shape):
+    """Within a larger array on either side, which keeps what lies around."""
+    rows = np.random.default_rng(0).normal(size=shape).astype(dtype)
+    out = np.full([*shape[:-2], shape[-1] + 2, shape[-2] + 3], 7, dtype)
+    wide = np.concatenate([rows, rows], axis=-1)
+    scratch = np.empty(TRANSPOSE_BYTES, np.uint8)
+    transpose(wide[..., : shape[-1]], out[..., 1:-1, 2:-1], scratch)
+    np.testing.assert_array_equal(out[..., 1:-1, 2:-1], np.swapaxes(rows, -1, -2))
+    out[..., 1:-1, 2:-1] = 7
+    assert (out == 7).all()
+
+
+def test_every_bfloat16_that_is_not_finite_is_found():
+    """All 65536 of them, each among ordinary numbers of both signs."""
+    every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    want = np.isfinite(every.astype(np.float32))
+    ordinary = np.array([-1.5, 0.0, 3.0], ml_dtypes.bfloat16)
+    found = [all_finite(np.concatenate([ordinary, [number]])) for number in every]
+    np.testing.assert_array_equal(found, want)
+    assert all_finite(every[want]) and all_finite(every[:0])
 
 
 def test_a_failed_block_leaves_what_was_there(tmp_path):

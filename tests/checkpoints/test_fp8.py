@@ -91,9 +91,9 @@ def test_a_share_need_not_begin_with_a_square(tmp_path):
     config, entries = read_config(folder)[0], list_tensors(folder / "model.safetensors")
     shapes = {name: entry.shape for name, entry in entries.items()}
     plan = resolve(config, family_of("deepseek_v3").table, declare(config), shapes, "here")
-    index = [slice(0, 1), slice(2, 4), slice(100, 150), slice(120, 136)]
+    share, places = ((0, 1), (2, 4), (100, 150), (120, 136)), plan["segments.1.0.moe.experts.up"]
     with Loader(entries) as loader:
-        got = loader.read_share(plan["segments.1.0.moe.experts.up"], index, np.dtype(np.float32))
+        (got,) = loader.read_shares(places, share, [share], np.dtype(np.float32))
     for expert in (2, 3):
         name = f"model.layers.1.mlp.experts.{expert}.up_proj.weight"
         want = dequantised(arrays[name], arrays[f"{name}_scale_inv"]).T

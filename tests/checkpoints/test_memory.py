@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench_loading import MESHES, WANTED, write_folder
+from experiments.bench_loading import FOLDERS, MESHES, WANTED, write_folder
 
 CONFIG = {
     "model_type": "olmoe",
@@ -76,10 +76,12 @@ def run_program(program: str, arguments: list[str], repository: Path) -> subproc
     return run
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
+@pytest.fixture(scope="module", params=FOLDERS, ids="-".join)
+def large(request, tmp_path_factory):
+    layout, dtype = request.param
     folder = tmp_path_factory.mktemp("loading") / "large"
-    assert write_folder(folder, CONFIG, "published", "float32") >= 500e6
+    layers = CONFIG["num_hidden_layers"] * (1 if dtype == "float32" else 2)
+    assert write_folder(folder, {**CONFIG, "num_hidden_layers": layers}, layout, dtype) >= 500e6
     yield folder
     shutil.rmtree(folder)
 

@@ -58,14 +58,14 @@ def test_an_adapter_on_quantised_weights_loads_onto_the_floats(folder, tmp_path)
 
 @pytest.mark.parametrize("method", ["int8", "int4"])
 def test_one_layer_of_a_rounded_weight_is_in_floats_at_a_time(folder, monkeypatch, method):
-    reads, read_share = [], Loader.read_share
+    reads, read_shares = [], Loader.read_shares
 
-    def noted(loader, places, index, dtype):
-        share = read_share(loader, places, index, dtype)
+    def noted(*arguments):
+        (share,) = read_shares(*arguments)
         reads.append((share.shape, share.dtype))
-        return share
+        return [share]
 
-    monkeypatch.setattr(Loader, "read_share", noted)
+    monkeypatch.setattr(Loader, "read_shares", noted)
     load_pretrained(folder, quantisation=method)
     rounded = quantised_weights(OLMOE, method)
     kept = [spec.shape for name, spec in declare(OLMOE).items() if name not in rounded]
