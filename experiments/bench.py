@@ -365,7 +365,7 @@ def main() -> None:
     )
     names = ("train", "samsum", "pass", "generate")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--lengths", type=Path, help="JSON list of sample lengths in tokens, instead of drawn ones"
     )

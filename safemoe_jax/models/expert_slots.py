@@ -23,9 +23,9 @@ from safemoe_jax.models.quantised import Weight, group_weights
 SLOTS = 8
 """Rows of an expert in a turn. Measured: with 6 too many experts need a second turn, 12 compute too much."""
 
-CHAINS = 4
+CHAINS = 2
 """Products of a turn that are independent, each of two experts. Measured: one product of four experts takes a
-tenth longer, and with eight chains a turn's weights no longer fit into the cache."""
+tenth longer; eight chains hold more weights than a cache of 32 MB."""
 
 
 def few_rows(pairs: Pairs) -> bool:
@@ -47,7 +47,7 @@ def slots_ffn(
     n_tokens, top_k = weights_TK.shape
     n_experts = pairs.counts_E.size
     together = next(n for n in (2, 1) if n_experts % n == 0)
-    chains = next(n for n in (CHAINS, 2, 1) if n_experts // together % n == 0)
+    chains = CHAINS if n_experts // together % CHAINS == 0 else 1
     start_E = jnp.cumsum(pairs.counts_E) - pairs.counts_E
     more_E = jnp.maximum(-(-pairs.counts_E // SLOTS) - 1, 0)  # turns beyond the first
     stop_E = jnp.cumsum(more_E)
