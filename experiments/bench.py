@@ -1,12 +1,13 @@
 """Speed against transformers and PEFT on the same weights, the same batches and the same machine.
 
-    python experiments/bench.py                        all of it, written to experiments/bench.{json,md}
-    python experiments/bench.py --only train generate  some of it, printed only
+    python experiments/bench.py                        all of it
+    python experiments/bench.py --only train generate  some of it; the other rows of the table stay
     python experiments/bench.py --lengths samsum.json --only samsum
 
-Each pair takes turns, and the ratio of the medians is what is reported: seconds differ between machines, and
-between minutes on one machine; ratios much less. torch has a process of its own: in one process each library
-takes the memory that the other has just freed, and pays for new pages in every turn.
+writes experiments/bench.{json,md}. Each pair takes turns, and the ratio of the medians is what is reported:
+seconds differ between machines, and between minutes on one machine; ratios much less. For every measurement
+each library has a new process of its own: in one process each takes the memory that the other has just freed
+and pays for new pages in every turn, and what a large measurement leaves behind slows down the next.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ CONFIG = ModelConfig(
     qk_norm="full",
 )
 EXPERT_IMPLEMENTATIONS = ("grouped_mm", "eager")
+NAMES = ("train", "samsum", "pass", "generate")
 HERE = Path(__file__).parent
 
 
@@ -336,26 +338,60 @@ def table(results: dict) -> str:
     return "\n".join([*lines, "", versions, ""])
 
 
-def measure(
-    name: str,
-    model: Model,
-    ours: Ours,
-    theirs: InOwnProcess,
-    before: dict[str, dict],
-    arguments: argparse.Namespace,
-    rng: np.random.Generator,
-) -> dict:
+def measure(name: str, before: dict[str, dict], arguments: argparse.Namespace) -> dict:
     """One measurement; `before` holds those that are done."""
-    repeats = arguments.repeats
-    if name == "train":
-        return bench_train(ours, theirs, repeats, rng)
-    if name == "samsum":
-        # A padded step takes minutes: what was slower on the small step is not run on the large one.
-        best = (before["train"]["best_other"],) if "train" in before else EXPERT_IMPLEMENTATIONS
-        return bench_samsum(ours, theirs, repeats, rng, arguments.lengths, best)
-    if name == "pass":
-        return bench_pass(ours, repeats, rng, arguments.lengths)
-    return bench_generate(model, theirs, repeats, rng)
+    keep_freed_memory()  # as every command does
+    rng, repeats = np.random.default_rng(0), arguments.repeats
+    params = initialise(declare(CONFIG), jax.random.key(0))
+    model = Model(CONFIG, params)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        with InOwnProcess(Path(folder)) as theirs:
+            if name == "generate":
+                return bench_generate(model, theirs, repeats, rng)
+            ours = Ours(params)
+            if name == "train":
+                return bench_train(ours, theirs, repeats, rng)
+            if name == "pass":
+                return bench_pass(ours, repeats, rng, arguments.lengths)
+            # A padded step takes minutes: what was slower on the small step is not run on the large one.
+            best = (before["train"]["best_other"],) if "train" in before else EXPERT_IMPLEMENTATIONS
+            return bench_samsum(ours, theirs, repeats, rng, arguments.lengths, best)
+
+
+def environment() -> dict[str, object]:
+    """What the figures depend on."""
+    return {
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+def processor() -> str:
+    """The processor's name and, because the products of both libraries depend on them, its widest vectors."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    text = info.read_text()
+    name = next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
+    return f"{name} ({'AVX-512' if 'avx512f' in text else 'no AVX-512'})"
+
+
+def write_results(measured: dict[str, dict]) -> None:
+    """Puts the new measurements into the files; old ones stay if they were made in the same environment."""
+    path, results = HERE / "bench.json", {"environment": environment(), "measurements": {}}
+    if path.exists():
+        old = json.loads(path.read_text())
+        if old["environment"] == results["environment"]:
+            results["measurements"] = old["measurements"]
+    known = results["measurements"] | measured
+    results["measurements"] = {name: known[name] for name in NAMES if name in known}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "bench.md").write_text(table(results))
 
 
 def main() -> None:
@@ -363,37 +399,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("train", "samsum", "pass", "generate")
-    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--lengths", type=Path, help="JSON list of sample lengths in tokens, instead of drawn ones"
     )
     arguments = parser.parse_args()
-    keep_freed_memory()  # as every command does
-    params = initialise(declare(CONFIG), jax.random.key(0))
-    model = Model(CONFIG, params)
-    ours, measurements = Ours(params), {}
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        for name in arguments.only:
-            print(name, flush=True)
-            # A process for each: torch's keeps the 16 GB that the padded samples take.
-            with InOwnProcess(Path(folder)) as theirs:
-                measurements[name] = measure(name, model, ours, theirs, measurements, arguments, rng)
-            print(json.dumps(measurements[name], indent=1), flush=True)
-    environment = {
-        "jax": jax.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-    }
-    if tuple(arguments.only) == names:
-        results = {"environment": environment, "measurements": measurements}
-        (HERE / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
-        (HERE / "bench.md").write_text(table(results))
+    measured: dict[str, dict] = {}
+    for name in arguments.only:
+        print(name, flush=True)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            measured[name] = pool.submit(measure, name, measured, arguments).result()
+        print(json.dumps(measured[name], indent=1), flush=True)
+    write_results(measured)
 
 
 if __name__ == "__main__":
