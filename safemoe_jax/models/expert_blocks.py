@@ -22,11 +22,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from safemoe_jax.models.activation import Activation
-from safemoe_jax.models.adapted import pull_back, shape_of
+from safemoe_jax.models.adapted import Adapted, AnyWeight, shape_of
 from safemoe_jax.models.expert_layout import Aligned, Blocks, Pairs, align, sort_pairs, weighted_sum
 from safemoe_jax.models.expert_slots import few_rows, slots_ffn
 from safemoe_jax.models.expert_stack import Stack
-from safemoe_jax.models.quantised import Weight, group_weight
+from safemoe_jax.models.expert_weight import gradients, project, project_back, take_one
 
 KEPT_NAME = "expert_pre_activations"
 """Name of the residuals for `jax.checkpoint_policies`: 2 * T*K * F * 4 bytes a layer."""
@@ -35,8 +35,8 @@ KEPT_NAME = "expert_pre_activations"
 class _Saved(NamedTuple):
     """What the backward pass needs: the arguments, and gate and up before the activation, [P,F] float32.
 
-    `trainable` is () where the weights are differentiated and None where they are frozen: it says so in the
-    structure, so that it is known when the backward pass is traced.
+    `trained` has () for each part of the stack that is differentiated and None for those that are frozen: it
+    says so in the structure, so that it is known when the backward pass is traced.
     """
 
     x_TD: jax.Array
@@ -47,7 +47,7 @@ class _Saved(NamedTuple):
     activation: Activation
     gate_PF: jax.Array
     up_PF: jax.Array
-    trainable: tuple | None
+    trained: Stack
 
 
 def choose_block_rows(n_pairs: int, n_experts: int) -> tuple[int, ...]:
@@ -76,7 +76,8 @@ def blocks_ffn(
 ) -> jax.Array:
     """sum_k weights[t,k] * down_e(activation(gate_e x_t, up_e x_t)) with e = experts[t,k], [T,D] float32.
 
-    Gradients reach x_TD, weights_TK and, only where the weights are being differentiated, the stack. Without
+    Gradients reach x_TD, weights_TK and those parts of the stack that are being differentiated; for frozen
+    weights nothing as large as a layer's experts is made, even where they have updates. Without
     differentiation nothing is kept. Experts outside [0, n_experts) contribute zero.
     """
     pairs = sort_pairs(experts_TK, n_experts)
@@ -100,12 +101,21 @@ def _ffn(
 
 def _ffn_forward(*primals: object) -> tuple[jax.Array, _Saved]:
     is_primal = lambda leaf: hasattr(leaf, "perturbed")  # noqa: E731
-    trainable = any(leaf.perturbed for leaf in jax.tree.leaves(primals[2], is_leaf=is_primal))
     arguments = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
     y_TD, *kept = _forward(*arguments, keep=True)
     # `jax.checkpoint` never saves what leaves a loop, whatever its policy; it does save named values.
     gate_PF, up_PF = (checkpoint_name(rows_PF, KEPT_NAME) for rows_PF in kept)
-    return y_TD, _Saved(*arguments, gate_PF, up_PF, () if trainable else None)
+    return y_TD, _Saved(*arguments, gate_PF, up_PF, _trained(primals[2]))
+
+
+def _trained(stack: Stack) -> Stack:
+    """The marks of `_Saved`, from a stack of what a rule for derivatives is called with."""
+
+    def mark(part: object) -> tuple | None:
+        leaves = jax.tree.leaves(part, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+        return () if any(leaf.perturbed for leaf in leaves) else None
+
+    return jax.tree.map(mark, stack, is_leaf=lambda node: not isinstance(node, Stack | Adapted))
 
 
 def _ffn_backward(saved: _Saved, d_y_TD: jax.Array | SymbolicZero) -> tuple:
@@ -118,15 +128,12 @@ def _ffn_backward(saved: _Saved, d_y_TD: jax.Array | SymbolicZero) -> tuple:
 _ffn.defvjp(_ffn_forward, _ffn_backward, symbolic_zeros=True)
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    dimensions = ((contract[:1], contract[1:]), ((), ()))
-    return lax.dot_general(a, b.astype(a.dtype), dimensions, preferred_element_type=jnp.float32)
-
-
-def _project(rows: jax.Array, weights: Weight, bias: jax.Array | None, group: jax.Array) -> jax.Array:
-    """rows times one group's matrix, plus its bias where there is one; float32."""
-    out = _dot(rows, group_weight(weights, group, rows.dtype))
-    return out if bias is None else out + bias[group].astype(jnp.float32)
+def _project(
+    rows: jax.Array, weights: AnyWeight, bias: jax.Array | None, first_group: jax.Array, expert: jax.Array
+) -> jax.Array:
+    """rows times one expert's matrix, plus its bias where there is one; float32."""
+    out = project(rows, take_one(weights, first_group, expert, rows.dtype))
+    return out if bias is None else out + bias[first_group + expert].astype(jnp.float32)
 
 
 def _write(buffers: list[jax.Array], rows: list[jax.Array], start: jax.Array) -> list[jax.Array]:
@@ -180,18 +187,18 @@ def _forward(
     keep: bool,
 ) -> list[jax.Array]:
     """y_TD and, where `keep`, gate_PF and up_PF."""
-    stack, plan = stack.added_up(x_TD.dtype), _plan(pairs)
+    plan = _plan(pairs)
     layout = plan.layout
     width, expert_width = shape_of(stack.gate)[1:]
 
     def visit(
         expert: jax.Array, take: Callable, start: jax.Array, buffers: list[jax.Array], stack: Stack
     ) -> list[jax.Array]:
-        group, rows = first_group + expert, x_TD[take(layout.pair_P) // plan.top_k]
-        gate = _project(rows, stack.gate, stack.gate_bias, group)
-        up = _project(rows, stack.up, stack.up_bias, group)
+        rows = x_TD[take(layout.pair_P) // plan.top_k]
+        gate = _project(rows, stack.gate, stack.gate_bias, first_group, expert)
+        up = _project(rows, stack.up, stack.up_bias, first_group, expert)
         act = activation.forward(gate, up).astype(rows.dtype)
-        out = _project(act, stack.down, stack.down_bias, group)
+        out = _project(act, stack.down, stack.down_bias, first_group, expert)
         return _write(buffers, [out, gate, up] if keep else [out], start)
 
     kept = [plan.buffer(expert_width), plan.buffer(expert_width)] if keep else []
@@ -199,64 +206,71 @@ def _forward(
     return [weighted_sum(out_PD, weights_TK, layout.place_TK), *kept]
 
 
-def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, Stack | None]:
-    """Cotangents of x_TD, weights_TK and, if trainable, the stack.
+def _backward(saved: _Saved, d_y_TD: jax.Array) -> tuple[jax.Array, jax.Array, Stack]:
+    """Cotangents of x_TD, weights_TK and the parts of the stack, None for frozen ones.
 
     The weight's cotangent is taken before ``down`` (its transpose applied to d_y), so that the experts'
     outputs need not be kept.
     """
-    x_TD, weights_TK, parts, first_group, pairs, activation = saved[:6]
-    stack, plan = parts.added_up(x_TD.dtype), _plan(pairs)
+    x_TD, weights_TK, stack, first_group, pairs, activation = saved[:6]
+    plan = _plan(pairs)
     layout = plan.layout
     weight_P = weights_TK.astype(jnp.float32).reshape(-1)[layout.pair_P]
     d_y_TD = d_y_TD.astype(x_TD.dtype)
 
     def visit(expert: jax.Array, take: Callable, start: jax.Array, carry: tuple, stack: Stack) -> tuple:
         buffers, sums = carry
-        gate_w, up_w, down_w = (group_weight(w, first_group + expert, x_TD.dtype) for w in stack[:3])
+        matrices = gate_w, up_w, down_w = [take_one(w, first_group, expert, x_TD.dtype) for w in stack[:3]]
         token, weight = take(layout.pair_P) // plan.top_k, take(weight_P)[:, None]
         gate, up = take(saved.gate_PF), take(saved.up_PF)
         d_y = d_y_TD[token]
-        d_act = _dot(d_y, down_w, (1, 1))
+        d_act = project_back(d_y, down_w)
         act, d_gate, d_up = activation.backward(gate, up, d_act * weight)
         d_gate, d_up = d_gate.astype(d_y.dtype), d_up.astype(d_y.dtype)
-        d_rows = _dot(d_gate, gate_w, (1, 1)) + _dot(d_up, up_w, (1, 1))
+        d_rows = project_back(d_gate, gate_w) + project_back(d_up, up_w)
         d_weight = jnp.sum(d_act * act, 1)
         if stack.down_bias is not None:
             d_weight += d_y.astype(jnp.float32) @ stack.down_bias[first_group + expert].astype(jnp.float32)
         buffers = _write(buffers, [d_rows, d_weight], start)
-        if saved.trainable is not None:
+        if jax.tree.leaves(sums):
             own = take(layout.filled_P)[:, None]
-            d_gate, d_up = jnp.where(own, d_gate, 0), jnp.where(own, d_up, 0)
+            d_gate, d_up, d_out = (jnp.where(own, d, 0) for d in (d_gate, d_up, d_y * weight))
             act = jnp.where(own, act * weight, 0).astype(d_y.dtype)
-            products = [(x_TD[token], d_gate), (x_TD[token], d_up), (act, d_y)]
-            terms = [_dot(a, b, (0, 0)) for a, b in products]
-            if stack.down_bias is not None:
-                d_out = jnp.where(own, d_y * weight, 0)
-                terms += [rows.astype(jnp.float32).sum(0) for rows in (d_gate, d_up, d_out)]
-            sums = [s.at[expert].add(term) for s, term in zip(sums, terms, strict=True)]
+            rows, d_outs = (x_TD[token], x_TD[token], act), (d_gate, d_up, d_y)
+            terms = Stack(
+                *map(gradients, rows, d_outs, matrices, saved.trained[:3]),
+                *map(_bias_gradient, (d_gate, d_up, d_out), saved.trained[3:]),
+            )
+            sums = jax.tree.map(lambda s, term: s.at[expert].add(term), sums, terms)
         return buffers, sums
 
-    sums = []
-    if saved.trainable is not None:
-        shapes = [(pairs.counts_E.size, *w.shape[1:]) for w in jax.tree.leaves(stack)]
-        sums = [jnp.zeros(shape, jnp.float32) for shape in shapes]
+    sums = _zero_sums(saved.trained, stack, pairs.counts_E.size)
     buffers = [plan.buffer(x_TD.shape[1]), plan.buffer()]
     (d_rows_PD, d_weight_P), sums = plan.loop(visit, (buffers, sums), stack)
     d_x_TD = weighted_sum(d_rows_PD, None, layout.place_TK).astype(x_TD.dtype)
     d_weights_TK = d_weight_P[layout.place_TK].astype(weights_TK.dtype)
-    if saved.trainable is None:
-        return d_x_TD, d_weights_TK, None
-    d_stack = _in_stack(sums, stack, first_group)
-    parts_and_d = zip(parts, d_stack, strict=True)
-    return d_x_TD, d_weights_TK, Stack(*(w if w is None else pull_back(w, d) for w, d in parts_and_d))
+    return d_x_TD, d_weights_TK, _in_stack(sums, stack, first_group)
 
 
-def _in_stack(sums: list[jax.Array], stack: Stack, first_group: jax.Array) -> Stack:
-    """The experts' gradients at their place in the stack, in its dtype."""
-    parts = Stack(*sums)  # the biases come last in both, so leaves and fields are in one order
-    parts = jax.tree.map(lambda part, w: part.astype(w.dtype), parts, stack)
-    if stack.gate.shape[0] == parts.gate.shape[0]:
-        return parts
-    place = lambda part, w: lax.dynamic_update_slice_in_dim(jnp.zeros_like(w), part, first_group, 0)  # noqa: E731
-    return jax.tree.map(place, parts, stack)
+def _bias_gradient(d_out: jax.Array, trained: tuple | None) -> jax.Array | None:
+    return None if trained is None else d_out.astype(jnp.float32).sum(0)
+
+
+def _zero_sums(trained: Stack, stack: Stack, n_experts: int) -> Stack:
+    """Zeros [E, ...] float32 for the parts that train, None for the others."""
+    zeros = lambda mark, part: None if mark is None else jnp.zeros((n_experts, *part.shape[1:]), jnp.float32)  # noqa: E731
+    return jax.tree.map(zeros, trained, stack, is_leaf=lambda mark: mark is None or mark == ())
+
+
+def _in_stack(sums: Stack, stack: Stack, first_group: jax.Array) -> Stack:
+    """The experts' gradients at their place in each part of the stack, in its dtype; None for frozen ones."""
+
+    def place(part: jax.Array | None, whole: object) -> jax.Array | None:
+        if part is None:
+            return None
+        part = part.astype(whole.dtype)
+        if part.shape == whole.shape:
+            return part
+        return lax.dynamic_update_slice_in_dim(jnp.zeros_like(whole), part, first_group, 0)
+
+    return jax.tree.map(place, sums, stack, is_leaf=lambda part: part is None)

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from safemoe_jax.models.activation import Activation
+from safemoe_jax.models.adapted import AnyWeight
 from safemoe_jax.models.expert_layout import Pairs
 from safemoe_jax.models.expert_stack import Stack
-from safemoe_jax.models.quantised import Weight, group_weights
+from safemoe_jax.models.expert_weight import project, take_several
 
 SLOTS = 8
 """Rows of an expert in a turn. Measured: with 6 too many experts need a second turn, 12 compute too much."""
@@ -43,7 +44,6 @@ def slots_ffn(
     activation: Activation,
 ) -> jax.Array:
     """What `expert_blocks.blocks_ffn` computes, [T,D] float32; not to be differentiated."""
-    stack = stack.added_up(x_TD.dtype)
     n_tokens, top_k = weights_TK.shape
     n_experts = pairs.counts_E.size
     together = next(n for n in (2, 1) if n_experts % n == 0)
@@ -62,12 +62,12 @@ def slots_ffn(
         # An empty slot has no token, and its row is dropped: with weight zero it might still be infinite.
         token_NS = jnp.where(row_S < count_N[:, None], pair_NS // top_k, n_tokens)
         rows_NSD = x_TD.at[token_NS].get(mode="clip")
-        group = first_group + expert
-        gate = _project(rows_NSD, stack.gate, stack.gate_bias, group)
-        up = _project(rows_NSD, stack.up, stack.up_bias, group)
+        gate = _project(rows_NSD, stack.gate, stack.gate_bias, first_group, expert)
+        up = _project(rows_NSD, stack.up, stack.up_bias, first_group, expert)
         act = activation.forward(gate, up).astype(x_TD.dtype)
         weight_NS = weights_TK.reshape(-1)[pair_NS].astype(jnp.float32)
-        out_NSD = weight_NS[..., None] * _project(act, stack.down, stack.down_bias, group)
+        out_NSD = _project(act, stack.down, stack.down_bias, first_group, expert)
+        out_NSD = weight_NS[..., None] * out_NSD
         return token_NS.reshape(-1), out_NSD.reshape(-1, out_NSD.shape[-1])
 
     def add(state: tuple[jax.Array, Stack], parts: list[tuple]) -> tuple[jax.Array, Stack]:
@@ -90,12 +90,18 @@ def slots_ffn(
     return lax.fori_loop(0, stop_E[-1], further_turn, state)[0]
 
 
-def _project(rows_NSI: jax.Array, weights: Weight, bias: jax.Array | None, first: jax.Array) -> jax.Array:
+def _project(
+    rows_NSI: jax.Array,
+    weights: AnyWeight,
+    bias: jax.Array | None,
+    first_group: jax.Array,
+    expert: jax.Array,
+) -> jax.Array:
     """Each expert's rows times its matrix, plus its bias where there is one; float32 [N,S,O]."""
-    weights_NIO = group_weights(weights, first, rows_NSI.shape[0], rows_NSI.dtype).astype(rows_NSI.dtype)
-    batched = ((2,), (1,)), ((0,), (0,))
-    out_NSO = lax.dot_general(rows_NSI, weights_NIO, batched, preferred_element_type=jnp.float32)
+    n_together = rows_NSI.shape[0]
+    weights_NIO = take_several(weights, first_group, expert, n_together, rows_NSI.dtype)
+    out_NSO = project(rows_NSI, weights_NIO)
     if bias is None:
         return out_NSO
-    bias_NO = lax.dynamic_slice_in_dim(bias, first, rows_NSI.shape[0])
+    bias_NO = lax.dynamic_slice_in_dim(bias, first_group + expert, n_together)
     return out_NSO + bias_NO[:, None].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The experts' weights of all layers, one stack a projection.
+"""The experts' weights of all layers, one stack a projection; low-rank updates are those of one layer.
 
 Legend: G groups in a stack (layers * experts), D model width, F expert width.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from safemoe_jax.models.adapted import Adapted, AnyWeight, effective, shape_of
+from safemoe_jax.models.adapted import AnyWeight
 
 
 class Stack(NamedTuple):
@@ -25,15 +24,7 @@ class Stack(NamedTuple):
     down_bias: jax.Array | None = None
 
     def layer(self, first_group: jax.Array | int, n_experts: int) -> Stack:
-        """A copy of the groups of one layer; no copy where the stack is one layer."""
-        if shape_of(self.gate)[0] == n_experts:
-            return self
-        return jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, first_group, n_experts), self)
+        """A copy of the groups of one layer; no copy of what is one layer's already, as factors are."""
 
-    def dense(self, dtype: jnp.dtype | str) -> Stack:
-        """All of it as arrays of this dtype, updates included."""
-        return Stack(*(w if w is None else effective(w, dtype) for w in self))
-
-    def added_up(self, dtype: jnp.dtype | str) -> Stack:
-        """As `dense` where there are updates, and as it is without."""
-        return self.dense(dtype) if any(isinstance(w, Adapted) for w in self) else self
+        take = lambda array: lax.dynamic_slice_in_dim(array, first_group, n_experts)  # noqa: E731
+        return jax.tree.map(lambda array: array if len(array) == n_experts else take(array), self)

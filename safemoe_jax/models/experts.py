@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from safemoe_jax.models.activation import Activation
-from safemoe_jax.models.adapted import Adapted, shape_of
+from safemoe_jax.models.adapted import Adapted, base_of, shape_of
 from safemoe_jax.models.config import Compute, LoraConfig, ModelConfig
 from safemoe_jax.models.expert_stack import Stack
 from safemoe_jax.models.feed_forward import FeedForward
@@ -76,7 +76,7 @@ class Experts(nnx.Module):
             first_group: where this layer's experts begin in the arrays (see G above).
             compute: kernel and mesh.
         """
-        stack, first_group = self._weights(first_group, x_BTD.dtype)
+        stack = self._weights(x_BTD.dtype)
         x_XD = x_BTD.reshape(-1, x_BTD.shape[-1])
         weights_XK = weights_BTK.reshape(-1, weights_BTK.shape[-1])
         y_XD = expert_ffn(
@@ -98,17 +98,16 @@ class Experts(nnx.Module):
         if compute.experts != "auto":
             return compute.experts
         tokens, k = (pairs[0] * pairs[1], 1) if self.scale_input else pairs
-        if isinstance(stack.gate, Quantised) and platform(compute) == "cpu":
+        if isinstance(base_of(stack.gate), Quantised) and platform(compute) == "cpu":
             return "blocks"  # it alone brings back one expert at a time
         return choose_kernel(platform(compute), tokens, k, self.n_experts, *shape_of(stack.gate)[1:])
 
-    def _weights(self, first_group: jax.Array | int, dtype: jnp.dtype) -> tuple[Stack, jax.Array | int]:
-        """The weights, of this layer only where they have updates, and where its experts begin in them."""
+    def _weights(self, dtype: jnp.dtype) -> Stack:
+        """What the arrays hold (see G above); the updates are those of this layer."""
         params = self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias
         stack = Stack(*(param if param is None else read_weight(param, dtype) for param in params))
         if self.lora is None:
-            return stack, first_group
-        stack = stack.layer(first_group, self.n_experts)
+            return stack
         if GATE_UP_TARGET in self.lora.targets:
             a, halves = self.gate_up_lora_a[...], jnp.split(self.gate_up_lora_b[...], 2, axis=-1)
             gate, up = (self._adapted(*parts) for parts in zip(stack[:2], (a, a), halves, strict=True))
@@ -116,7 +115,7 @@ class Experts(nnx.Module):
         if DOWN_TARGET in self.lora.targets:
             down = self._adapted(stack.down, self.down_lora_a[...], self.down_lora_b[...])
             stack = stack._replace(down=down)
-        return stack, 0
+        return stack
 
     def _adapted(self, weight: Weight, a_EIr: jax.Array, b_ErO: jax.Array) -> Adapted:
         return Adapted(weight, a_EIr, self.lora.scale * b_ErO)

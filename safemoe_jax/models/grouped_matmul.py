@@ -86,8 +86,8 @@ def expert_ffn(
         weights_TK: combine weights of the router.
         experts_TK: int32 in [0, E).
         gate_GDF, up_GDF, down_GFD: weights of one layer or a stack of layers, quantised or not. Only "blocks"
-            on one device reads a stack in place; the others slice the layer out of it. Adapted weights are
-            those of one layer.
+            on one device reads a stack in place; the others slice the layer out of it. Factors of adapted
+            weights are those of this layer, [E, ...], in either case.
         first_group: where this layer's E groups begin; may be traced.
         n_experts: E.
         kernel: "dense" (all experts; the oracle), "blocks" (CPU), "ragged" (`jax.lax.ragged_dot`) or

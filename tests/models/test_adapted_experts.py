@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -89,8 +90,41 @@ def test_value_and_gradients_are_those_of_the_sum(kernel, adapted, method, biase
     jax.tree.map(close, got, wanted)
 
 
-def temporaries(n_layers: int, kernel: str, targets: tuple[str, ...], method: str | None) -> int:
-    """Bytes of the temporaries of the compiled gradient of adapters."""
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("method", [None, "int8", "int4"])
+def test_factors_of_one_layer_on_the_frozen_stack_of_all(kernel, method):
+    """The layer's part of the stack counts, whatever else the stack holds."""
+    x_ND, stack = draw_layer(("gate", "up", "down"), method, biased=True)
+    other = lambda array: jnp.roll(array, 1, axis=0)  # noqa: E731
+    of_all = lambda w: jax.tree.map(lambda array: jnp.concatenate([other(array), array, other(array)]), w)  # noqa: E731
+    bases = [of_all(weight.base) for weight in stack[:3]]
+    biases = tuple(map(of_all, stack[3:]))
+
+    factors = [weight[1:] for weight in stack[:3]]
+
+    def loss(factors: list, bases: list, to_weight: Callable, **options) -> jax.Array:
+        weights = [to_weight(Adapted(base, *parts)) for base, parts in zip(bases, factors, strict=True)]
+        experts_NK = jnp.arange(N * K).reshape(N, K) % E
+        y_ND = expert_ffn(x_ND, jnp.full((N, K), 0.5), experts_NK, *weights, n_experts=E, **options)
+        return jnp.square(y_ND).sum()
+
+    run = jax.value_and_grad(loss)
+    got = run(factors, bases, lambda weight: weight, first_group=E, kernel=kernel, biases=biases)
+    own = [weight.base for weight in stack[:3]]
+    wanted = run(factors, own, added, first_group=0, kernel="dense", biases=stack[3:])
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * jnp.abs(b).max())  # noqa: E731
+    jax.tree.map(close, got, wanted)
+
+
+def temporaries(
+    n_layers: int,
+    kernel: str,
+    targets: tuple[str, ...],
+    method: str | None,
+    n_tokens: int = 16,
+    transform: Callable = jax.grad,
+) -> int:
+    """Bytes of the temporaries of the compiled loss, transformed: by default its gradient in the adapters."""
     plain = replace(WIDE, n_layers=n_layers, layers=())
     config = replace(plain, lora=LoraConfig(2, targets=targets), quantisation=method)
     abstract = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in declare(plain).items()}
@@ -100,11 +134,11 @@ def temporaries(n_layers: int, kernel: str, targets: tuple[str, ...], method: st
         return split_trainable(*add_adapters(base, params, config.lora, jax.random.key(0)))
 
     def loss(trainable: dict, frozen: dict) -> jax.Array:
-        tokens, compute = jnp.zeros((1, 16), jnp.int32), Compute(experts=kernel)
+        tokens, compute = jnp.zeros((1, n_tokens), jnp.int32), Compute(experts=kernel)
         return jnp.square(forward(config, Weights(frozen, trainable), tokens, compute=compute).logits).mean()
 
     weights = jax.eval_shape(make, abstract)
-    compiled = jax.jit(jax.grad(loss)).lower(weights.trainable, weights.frozen).compile()
+    compiled = jax.jit(transform(loss)).lower(weights.trainable, weights.frozen).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -122,3 +156,13 @@ def test_a_layer_more_keeps_no_sum_for_the_backward_pass(kernel, targets, method
     """It keeps activations and gradients of factors: here less than an eighth of the layer's experts."""
     few, many = (temporaries(n, kernel, targets, method) for n in (4, 8))
     assert (many - few) / 4 < ONE_LAYER / 8
+
+
+@pytest.mark.parametrize("method", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    ("n_tokens", "transform"), [(16, jax.grad), (64, lambda loss: loss)], ids=["step", "decoding"]
+)
+def test_blocks_never_hold_the_sum_of_a_layer_nor_its_gradient(n_tokens, transform, method):
+    """64 tokens that nothing is differentiated for are computed in the form for few rows an expert."""
+    taken = temporaries(4, "blocks", tuple(EXPERT_TARGETS), method, n_tokens, transform)
+    assert taken < ONE_LAYER / 3  # one of its three projections

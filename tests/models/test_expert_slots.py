@@ -98,16 +98,13 @@ def test_rounded_and_adapted_weights_count_as_their_sums(quantisation):
     rng = np.random.default_rng(3)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32) / 4  # noqa: E731
     gate, up, down = normal(L * E, 32, 64), normal(L * E, 32, 64), normal(L * E, 64, 32)
-    a_up, b_up, a_down, b_down = (
-        normal(L * E, 32, 2),
-        normal(L * E, 2, 64),
-        normal(L * E, 64, 2),
-        normal(L * E, 2, 32),
-    )
+    a_up, b_up, a_down, b_down = normal(E, 32, 2), normal(E, 2, 64), normal(E, 64, 2), normal(E, 2, 32)
     gate, up = quantise(gate, quantisation), quantise(up, quantisation)
     _, weights_TK, experts_TK, *_ = map(jnp.asarray, plain.problem(4, tokens=TOKENS))
     stack = Stack(gate, Adapted(up, a_up, b_up), Adapted(down, a_down, b_down))
-    sums = Stack(dense(gate, "float32"), dense(up, "float32") + a_up @ b_up, down + a_down @ b_down)
+    layer = slice(LAYER * E, LAYER * E + E)  # factors are those of the layer, bases those of all layers
+    up_sum = dense(up, "float32").at[layer].add(a_up @ b_up)
+    sums = Stack(dense(gate, "float32"), up_sum, down.at[layer].add(a_down @ b_down))
     run = lambda stack: blocks_ffn(x_TD, weights_TK, experts_TK, stack, LAYER * E, E, Activation())  # noqa: E731
     x_TD = normal(TOKENS, 32)
     with_gradients, _ = jax.vjp(run, sums)  # the loop over blocks

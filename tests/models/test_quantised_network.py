@@ -3,6 +3,7 @@ float copies."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import jax
@@ -22,7 +23,8 @@ from safemoe_jax.models import (
     initialise,
     split_trainable,
 )
-from safemoe_jax.models.lora import add_adapters, merge_adapters
+from safemoe_jax.models.lora import EXPERT_TARGETS, add_adapters, merge_adapters
+from safemoe_jax.models.params import is_adapter
 from safemoe_jax.models.quantisation import (
     dequantise_params,
     describe_base,
@@ -129,11 +131,10 @@ def step_memory(config: ModelConfig, kernel: str) -> tuple[int, int, int]:
     abstract = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in declare(WIDE).items()}
 
     def make(params: dict) -> Weights:
-        quantised, how = config, config.quantisation
-        if how is not None:
-            quantised, params = quantise_params(replace(config, quantisation=None, lora=None), params, how)
-        adapted, params = add_adapters(quantised, params, LoraConfig(4), jax.random.key(0))
-        return split_trainable(replace(adapted, lora=config.lora), params)
+        base = replace(config, quantisation=None, lora=None)
+        if config.quantisation is not None:
+            base, params = quantise_params(base, params, config.quantisation)
+        return split_trainable(*add_adapters(base, params, config.lora, jax.random.key(0)))
 
     weights = jax.eval_shape(make, abstract)
     tokens = jnp.zeros((2, 32), jnp.int32)
@@ -148,15 +149,20 @@ def step_memory(config: ModelConfig, kernel: str) -> tuple[int, int, int]:
     return held, memory.argument_size_in_bytes, memory.temp_size_in_bytes
 
 
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), tuple(EXPERT_TARGETS)])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_takes_the_quantised_bytes_and_the_activations(method):
-    """Activations are what the same step takes beside float32 weights: its temporaries. The quantised step
-    may take 15 % of its weights' bytes more, for the matrices that are brought back one at a time."""
-    lora = LoraConfig(4, targets=("q_proj", "v_proj"))
-    _, _, activations = step_memory(replace(WIDE, lora=lora), "blocks")
-    held, arguments, temporary = step_memory(replace(WIDE, lora=lora, quantisation=method), "blocks")
-    assert held > 8e6
-    assert arguments + temporary <= 1.15 * held + activations
+def test_a_step_takes_the_quantised_bytes_and_the_activations(method, targets):
+    """Activations are what a step of adapters on attention takes beside float32 weights: its temporaries. The
+    quantised step may take 15 % of its weights' bytes more, for the matrices that are brought back one at a
+    time, and the bytes of its own adapters once, for their gradients. A sum of an expert layer's weights and
+    updates, or a gradient of it, would be 25 MB."""
+    attention = LoraConfig(4, targets=("q_proj", "v_proj"))
+    _, _, activations = step_memory(replace(WIDE, lora=attention), "blocks")
+    config = replace(WIDE, lora=replace(attention, targets=targets), quantisation=method)
+    adapters = sum(4 * math.prod(spec.shape) for name, spec in declare(config).items() if is_adapter(name))
+    held, arguments, temporary = step_memory(config, "blocks")
+    assert held > 8e6 and adapters < held / 4
+    assert arguments + temporary <= 1.15 * held + activations + adapters
 
 
 @pytest.mark.parametrize("kernel", ["blocks", "ragged"])
