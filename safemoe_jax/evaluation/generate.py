@@ -187,7 +187,10 @@ def generate_batch(
 
 
 def _choose_greedy(logits_BV: jax.Array, place: jax.Array) -> jax.Array:
-    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    """The first of the largest logits, int32 [B], in two passes: a CPU does not vectorise argmax."""
+    last = logits_BV.shape[-1] - 1
+    is_largest_BV = logits_BV == logits_BV.max(axis=-1, keepdims=True)
+    return jnp.where(is_largest_BV, jnp.arange(last + 1, dtype=jnp.int32), last).min(axis=-1)
 
 
 def _choose(

@@ -52,20 +52,24 @@ def slots_ffn(
     more_E = jnp.maximum(-(-pairs.counts_E // SLOTS) - 1, 0)  # turns beyond the first
     stop_E = jnp.cumsum(more_E)
 
-    def compute(
-        expert: jax.Array, count: int, first_row: jax.Array | int, stack: Stack
+    def fill(
+        start_N: jax.Array, count_N: jax.Array, first_row: jax.Array | int
     ) -> tuple[jax.Array, jax.Array]:
-        """Tokens [R] and weighted outputs [R, D] of `count` experts' rows from `first_row` on."""
+        """Token and weight in every slot [N, S], for experts' rows from `first_row` on."""
         row_S = first_row + jnp.arange(SLOTS)
-        start_N, count_N = (lax.dynamic_slice_in_dim(a, expert, count) for a in (start_E, pairs.counts_E))
         pair_NS = pairs.order_N.at[start_N[:, None] + row_S].get(mode="clip")
         # An empty slot has no token, and its row is dropped: with weight zero it might still be infinite.
         token_NS = jnp.where(row_S < count_N[:, None], pair_NS // top_k, n_tokens)
+        return token_NS, weights_TK.reshape(-1)[pair_NS].astype(jnp.float32)
+
+    def compute(
+        expert: jax.Array, token_NS: jax.Array, weight_NS: jax.Array, stack: Stack
+    ) -> tuple[jax.Array, jax.Array]:
+        """Tokens [R] and weighted outputs [R, D] of the slots of N experts from this one on."""
         rows_NSD = x_TD.at[token_NS].get(mode="clip")
         gate = _project(rows_NSD, stack.gate, stack.gate_bias, first_group, expert)
         up = _project(rows_NSD, stack.up, stack.up_bias, first_group, expert)
         act = activation.forward(gate, up).astype(x_TD.dtype)
-        weight_NS = weights_TK.reshape(-1)[pair_NS].astype(jnp.float32)
         out_NSD = _project(act, stack.down, stack.down_bias, first_group, expert)
         out_NSD = weight_NS[..., None] * out_NSD
         return token_NS.reshape(-1), out_NSD.reshape(-1, out_NSD.shape[-1])
@@ -76,18 +80,26 @@ def slots_ffn(
         # The barrier has the reason that it has in the loop over blocks: no conversion of the whole stack.
         return y_TD.at[token_R].add(out_RD, mode="drop"), lax.optimization_barrier(stack)
 
+    first_slots = fill(start_E, pairs.counts_E, 0)  # of all experts at once: fewer operations in a turn
+
     def first_turn(number: jax.Array, state: tuple[jax.Array, Stack]) -> tuple[jax.Array, Stack]:
         experts = [(number * chains + chain) * together for chain in range(chains)]
-        return add(state, [compute(expert, together, 0, state[1]) for expert in experts])
+        slots = [_some(first_slots, expert, together) for expert in experts]
+        return add(state, [compute(e, *filled, state[1]) for e, filled in zip(experts, slots, strict=True)])
 
     def further_turn(number: jax.Array, state: tuple[jax.Array, Stack]) -> tuple[jax.Array, Stack]:
         expert = (number >= stop_E).sum()
         turn = number - stop_E[expert] + more_E[expert] + 1
-        return add(state, [compute(expert, 1, SLOTS * turn, state[1])])
+        filled = fill(*_some((start_E, pairs.counts_E), expert, 1), SLOTS * turn)
+        return add(state, [compute(expert, *filled, state[1])])
 
     state = jnp.zeros(x_TD.shape, jnp.float32), stack
     state = lax.fori_loop(0, n_experts // (chains * together), first_turn, state)
     return lax.fori_loop(0, stop_E[-1], further_turn, state)[0]
+
+
+def _some(arrays: tuple[jax.Array, ...], expert: jax.Array, count: int) -> list[jax.Array]:
+    return [lax.dynamic_slice_in_dim(array, expert, count) for array in arrays]
 
 
 def _project(
