@@ -10,6 +10,7 @@ from typing import Any
 from safemoe_jax.errors import InputError
 
 TITLES = {
+    "model": "The model",  # of a run folder with one model only
     "aligned": "Aligned, before fine-tuning",
     "undefended": "Fine-tuned, no defence",
     "safemoe": "SafeMoE, as published",
@@ -128,7 +129,7 @@ def _condition(name: str, entry: dict[str, Any], folder: Path) -> Condition:
     by_layer = tuple(float(value) for value in entry.get("drift_by_layer") or ())
     return Condition(
         name=name,
-        title=TITLES.get(name, name.replace("_", " ")),
+        title=_title(name),
         hs=_measure(entry, "hs"),
         over_refusal=_measure(entry, "over_refusal"),
         fa=_measure(entry, "fa"),
@@ -142,6 +143,11 @@ def _condition(name: str, entry: dict[str, Any], folder: Path) -> Condition:
         judge=entry.get("judge") or "",
         answers=tuple(map(_answer, _read_rows(folder / "generations" / f"{name}.jsonl"))),
     )
+
+
+def _title(name: str) -> str:
+    """A name of the user's own begins in upper case, as titles begin sentences of the verdict."""
+    return TITLES.get(name) or name[:1].upper() + name[1:].replace("_", " ")
 
 
 def _measure(entry: dict[str, Any], name: str) -> Measure:

@@ -145,6 +145,13 @@ def test_one_model_without_conditions_is_reported_too(folder: Path) -> None:
     assert judge_run(run.conditions).tone == "open"
 
 
+def test_a_title_begins_in_upper_case_as_the_sentences_of_the_verdict_do(folder: Path) -> None:
+    names = {"my_defence": {"hs": 4.0}, "LoRA": {"hs": 3.0}}
+    run = with_results(folder, {"conditions": names})
+    assert [condition.title for condition in run.conditions] == ["My defence", "LoRA"]
+    assert judge_run(run.conditions).headline.startswith("My defence answers 4.0 %")
+
+
 def test_a_training_run_shows_its_loss_and_penalty_to_scale(folder: Path) -> None:
     rows = [{"step": i, "kind": "task", "loss": 4.0 / i, "routing_penalty": 0.1 * i} for i in (1, 2, 4)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
