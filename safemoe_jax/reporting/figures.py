@@ -18,6 +18,12 @@ LABEL_WIDTH = 206
 PALETTE = {"aligned": 0, "undefended": 1, "safemoe": 2, "safemoe_anchored": 3}
 FREE_COLOURS = 3  # classes c-4 .. c-6, for conditions that the palette does not name
 
+# Nats. The strongest colour stands for at least this much drift: a model that has not drifted stays pale.
+# At 0.1 nats up to 22 % of the routing probability has gone elsewhere (Pinsker); an undefended attack on the
+# built-in organism gives 0.1 to 0.5 on average over its layers, a defence that holds 0.0004 to 0.003.
+LEAST_PEAK = 0.1
+LEGEND_STEPS = 24
+
 
 def colour_class(condition: Condition, position: int) -> str:
     """CSS class of a condition: its own where it has one, else the next free one by position."""
@@ -77,9 +83,9 @@ def drift_heatmap(conditions: Sequence[Condition]) -> str:
     if not rows:
         return ""
     columns = max(len(condition.drift_by_layer) for condition in rows)
-    peak = max(max(condition.drift_by_layer) for condition in rows)
+    peak = max(LEAST_PEAK, *(max(condition.drift_by_layer) for condition in rows))
     cell, height, top = min(178.0, (WIDTH - LABEL_WIDTH) / columns), 38, 26
-    parts = [_text(LABEL_WIDTH, 12, "MoE layer", "axis-title")]
+    parts = [_text(LABEL_WIDTH, 12, "MoE layer", "axis-title"), *_heat_legend(peak)]
     for i, condition in enumerate(rows):
         y = top + i * height
         parts.append(_text(0, y + height / 2 + 4, condition.title, "label"))
@@ -95,17 +101,36 @@ def _cell(
     x: float, y: float, width: float, height: float, value: float, peak: float, *, numbers: bool
 ) -> list[str]:
     # The square root keeps small drifts apart on a scale that one attacked model would otherwise fill alone.
-    strength = math.sqrt(max(value, 0.0) / peak) if peak > 0 else 0.0
+    strength = math.sqrt(max(value, 0.0) / peak)
     box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="3"'
-    shade = f'class="heat" style="fill-opacity:{strength:.3f}"'
     parts = [
         f'<rect {box} class="heat-base"/>',
-        f"<rect {box} {shade}><title>{value:.4g} nats</title></rect>",
+        f"<rect {box} {_shade(strength)}><title>{value:.4g} nats</title></rect>",
     ]
     if numbers:
         tone = "on-heat" if strength > 0.6 else "value"
         parts.append(_text(x + width / 2, y + height / 2 + 4, significant(value), f"{tone} middle"))
     return parts
+
+
+def _heat_legend(peak: float) -> list[str]:
+    """The shades from no drift to the strongest colour, with the values at both ends, right of the title.
+
+    In steps: an SVG gradient would need an id, and the ids of one page's figures share a namespace.
+    """
+    right, bar, height = WIDTH - 76, 144, 12
+    left, step = right - bar, bar / LEGEND_STEPS
+    parts = [f'<rect x="{left}" y="2" width="{bar}" height="{height}" class="heat-base"/>']
+    for i in range(LEGEND_STEPS):
+        box = f'x="{left + i * step:.1f}" y="2" width="{step:.1f}" height="{height}"'
+        # Smoothed edges of two neighbours would add up to a seam.
+        parts.append(f'<rect {box} {_shade(i / (LEGEND_STEPS - 1))} shape-rendering="crispEdges"/>')
+    ends = (left - 6, "0", "tick end"), (right + 6, f"{significant(peak)} nats", "tick")
+    return parts + [_text(x, 12, text, classes) for x, text, classes in ends]
+
+
+def _shade(strength: float) -> str:
+    return f'class="heat" style="fill-opacity:{strength:.3f}"'
 
 
 def curve_chart(conditions: Sequence[Condition]) -> str:

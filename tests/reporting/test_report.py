@@ -251,6 +251,36 @@ def test_the_interval_chart_is_to_scale(run: Run) -> None:
     assert harmful[3] - left == pytest.approx(0.5 * unit, abs=0.1)
 
 
+def shades(svg: str) -> dict[str, list[float]]:
+    """Opacity of the heat map's cells and of its legend's steps, in their order."""
+    found: dict[str, list[float]] = {"cells": [], "legend": []}
+    for node in ElementTree.fromstring(svg).iter("rect"):
+        if node.attrib["class"] == "heat":
+            place = "cells" if node.find("title") is not None else "legend"
+            found[place].append(float(node.attrib["style"].removeprefix("fill-opacity:")))
+    return found
+
+
+def with_drift(run: Run, *values: float) -> tuple:
+    return (dataclasses.replace(run.conditions[0], layers=(0, 1), drift_by_layer=values),)
+
+
+def test_a_model_that_has_not_drifted_is_pale_whatever_else_is_on_the_page(run: Run) -> None:
+    pale = figures.drift_heatmap(with_drift(run, 0.0, 2e-6))
+    assert max(shades(pale)["cells"]) < 0.01 and "0.1 nats" in pale
+    half = figures.drift_heatmap(with_drift(run, 0.1, 0.025))
+    assert shades(half)["cells"] == [1, 0.5]
+
+
+def test_the_strongest_colour_is_the_largest_drift_and_the_legend_says_how_much(run: Run) -> None:
+    svg = figures.drift_heatmap(with_drift(run, 1.6, 0.4))
+    assert shades(svg)["cells"] == [1, 0.5]
+    legend = shades(svg)["legend"]
+    assert legend == sorted(legend) and (legend[0], legend[-1]) == (0, 1)
+    texts = [node.text for node in ElementTree.fromstring(svg).iter("text")]
+    assert texts[1:3] == ["0", "1.6 nats"]
+
+
 def test_curve_labels_do_not_lie_on_each_other(run: Run) -> None:
     close = tuple(dataclasses.replace(c, hs_curve=((0, 0), (10, i))) for i, c in enumerate(run.conditions))
     root = ElementTree.fromstring(figures.curve_chart(close))
