@@ -48,14 +48,14 @@ def render(run: Run) -> str:
 
 
 def _content(run: Run) -> dict[str, Any]:
-    rows = tables.condition_rows(run.conditions)
     colours = [figures.colour_class(condition, i) for i, condition in enumerate(run.conditions)]
     return {
         "run": run,
         "verdict": judge_run(run.conditions),
         "titles": {condition.name: condition.title for condition in run.conditions},
         "header": tables.HEADER,
-        "rows": list(zip(colours, rows, strict=True)),
+        "rows": tables.condition_rows(run.conditions),
+        "colours": colours,
         "legend": list(zip(colours, run.conditions, strict=True)),
         "judges": sorted({condition.judge for condition in run.conditions if condition.judge}),
         "intervals": figures.interval_chart(run.conditions),

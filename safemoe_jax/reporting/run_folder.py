@@ -68,7 +68,7 @@ class Condition:
     seconds: float | None
     layers: tuple[int, ...]
     drift_by_layer: tuple[float, ...]
-    drift_by_suite: dict[str, float]
+    drift_by_suite: dict[str, Measure]
     hs_curve: tuple[tuple[float, float], ...]
     judge: str
     answers: tuple[Answer, ...]
@@ -138,7 +138,9 @@ def _condition(name: str, entry: dict[str, Any], folder: Path) -> Condition:
         seconds=entry.get("seconds"),
         layers=tuple(entry.get("moe_layers") or range(len(by_layer))),
         drift_by_layer=by_layer,
-        drift_by_suite={name: found["drift"] for name, found in (entry.get("routing") or {}).items()},
+        drift_by_suite={
+            name: _measure(found, "drift") for name, found in (entry.get("routing") or {}).items()
+        },
         hs_curve=tuple((float(step), float(hs)) for step, hs in entry.get("hs_curve") or ()),
         judge=entry.get("judge") or "",
         answers=tuple(map(_answer, _read_rows(folder / "generations" / f"{name}.jsonl"))),

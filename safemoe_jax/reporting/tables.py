@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from safemoe_jax.reporting.run_folder import Condition, Measure, Run
 
-HEADER = ("condition", "HS %", "interval", "over-refusal %", "task accuracy %", "drift (KL)", "n", "seconds")
+HEADER = ("condition", "HS %", "over-refusal %", "task accuracy %", "drift (KL)", "n", "training s")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a table says in one place: a figure, and below it its interval or \"\"."""
+
+    text: str
+    interval: str = ""
 
 
 def summary(run: Run) -> str:
-    """The run's conditions as a table for the terminal."""
-    return text_table(HEADER, condition_rows(run.conditions))
+    """The run's conditions as a table for the terminal, each interval in the line below its figure."""
+    lines = []
+    for row in condition_rows(run.conditions):
+        lines.append([cell.text for cell in row])
+        if any(cell.interval for cell in row):
+            lines.append([cell.interval for cell in row])
+    return text_table(HEADER, lines)
 
 
-def condition_rows(conditions: Sequence[Condition]) -> list[tuple[str, ...]]:
+def condition_rows(conditions: Sequence[Condition]) -> list[tuple[Cell, ...]]:
     """One row a condition, in the columns of `HEADER`; an en dash where nothing was measured."""
     return [
         (
-            c.title,
-            number(c.hs.value, 1),
-            interval(c.hs),
-            number(c.over_refusal.value, 1),
-            number(c.fa.value, 1),
-            significant(c.drift.value),
-            number(c.n, 0),
-            number(c.seconds, 1),
+            Cell(c.title),
+            measured(c.hs, one_decimal),
+            measured(c.over_refusal, one_decimal),
+            measured(c.fa, one_decimal),
+            measured(c.drift, significant),
+            Cell(number(c.n, 0)),
+            Cell(number(c.seconds, 1)),
         )
         for c in conditions
     ]
 
 
-def suite_drift(conditions: Sequence[Condition]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def suite_drift(conditions: Sequence[Condition]) -> tuple[tuple[str, ...], list[tuple[Cell, ...]]]:
     """Header and rows of the drift on each kind of prompt; none for a single kind."""
     suites = list(dict.fromkeys(suite for c in conditions for suite in c.drift_by_suite))
     if len(suites) < 2:
         return (), []
     rows = [
-        (c.title, *(significant(c.drift_by_suite.get(suite)) for suite in suites))
+        (Cell(c.title), *(measured(c.drift_by_suite.get(suite, Measure()), significant) for suite in suites))
         for c in conditions
         if c.drift_by_suite
     ]
@@ -57,21 +70,26 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def measured(measure: Measure, shown: Callable[[float | None], str]) -> Cell:
+    """A figure with its interval ("87.0 to 94.6") where it has one, both written by `shown`."""
+    if measure.low is None or measure.high is None:
+        return Cell(shown(measure.value))
+    return Cell(shown(measure.value), f"{shown(measure.low)} to {shown(measure.high)}")
+
+
 def number(value: float | None, digits: int) -> str:
     """A value with this many decimals, or an en dash."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def one_decimal(value: float | None) -> str:
+    """A percentage as tables show it, or an en dash."""
+    return number(value, 1)
+
+
 def significant(value: float | None) -> str:
     """A value with three significant digits, or an en dash."""
     return "–" if value is None else f"{value:.3g}"
-
-
-def interval(measure: Measure) -> str:
-    """'87.0 to 94.6', or an en dash."""
-    if measure.low is None or measure.high is None:
-        return "–"
-    return f"{measure.low:.1f} to {measure.high:.1f}"
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -80,9 +80,10 @@ def test_every_figure_of_every_condition_is_on_the_page(run: Run) -> None:
     text = Page(render(run)).text
     for entry in example_results()["conditions"].values():
         for name in ("hs", "over_refusal", "fa"):
-            assert f"{entry[name]:.1f}" in text
-        low, high = entry["hs_interval"]
-        assert f"{low:.1f} to {high:.1f}" in text
+            low, high = entry[f"{name}_interval"]
+            assert f"{entry[name]:.1f} {low:.1f} to {high:.1f}" in text
+        low, high = entry["drift_interval"]
+        assert f"{entry['drift']:.3g} {low:.3g} to {high:.3g}" in text
         for value in entry["drift_by_layer"]:
             assert f"{value:.3g}" in text
     for words in (
@@ -96,10 +97,17 @@ def test_every_figure_of_every_condition_is_on_the_page(run: Run) -> None:
         assert words in text
 
 
+def test_a_cell_names_its_column_for_screens_too_narrow_for_a_header(run: Run) -> None:
+    named = re.findall(r'<td data-title="([^"]*)">', render(run))
+    drift_header, drift_rows = tables.suite_drift(run.conditions)
+    assert named == [*tables.HEADER[1:]] * 4 + [*drift_header[1:]] * len(drift_rows)
+
+
 def test_drift_is_compared_between_kinds_of_prompts(run: Run, folder: Path) -> None:
     header, rows = tables.suite_drift(run.conditions)
     assert header == ("condition", "harmful prompts", "benign prompts", "task prompts")
-    assert rows[1] == ("Fine-tuned, no defence", "1.84", "0.613", "0.23")
+    assert [cell.text for cell in rows[1]] == ["Fine-tuned, no defence", "1.84", "0.613", "0.23"]
+    assert [cell.interval for cell in rows[1]] == ["", "1.66 to 2.02", "0.46 to 0.92", ""]
     assert "particular to harm" in Page(render(run)).text
     one_kind = with_results(folder, {"conditions": {"a": {"routing": {"harmful": {"drift": 1.0}}}}})
     assert tables.suite_drift(one_kind.conditions) == ((), [])
@@ -136,12 +144,14 @@ def test_what_was_not_measured_is_said_to_be_missing(folder: Path) -> None:
     text = Page(render(run)).text
     assert "not measured" in text and "neither config.yaml nor environment.json" in text
     assert "MoE layer" not in text and "while training" not in text and "every model" not in text
-    assert tables.condition_rows(run.conditions)[1][2:] == ("–",) * 6
+    assert [cell.text for cell in tables.condition_rows(run.conditions)[1][2:]] == ["–"] * 5
+    assert not any(cell.interval for row in tables.condition_rows(run.conditions) for cell in row)
 
 
 def test_one_model_without_conditions_is_reported_too(folder: Path) -> None:
     run = with_results(folder, {"hs": 4.0, "hs_interval": [1.6, 9.8], "n": 100})
-    assert "model answers 4.0 % of the harmful prompts" in Page(render(run)).text
+    assert judge_run(run.conditions).headline.startswith("The model answers 4.0 % of the harmful prompts")
+    assert "4.0 1.6 to 9.8" in Page(render(run)).text
     assert judge_run(run.conditions).tone == "open"
 
 
@@ -290,7 +300,9 @@ def test_curve_labels_do_not_lie_on_each_other(run: Run) -> None:
 
 def test_tables_for_terminal_and_markdown(run: Run) -> None:
     lines = tables.summary(run).splitlines()
-    assert lines[0].startswith("condition") and len(lines) == 6
-    assert lines[3].split()[-3:] == ["1.84", "200", "12.0"]
+    assert lines[0].startswith("condition") and len(lines) == 2 + 2 * 4
+    assert lines[4].split()[-3:] == ["1.84", "200", "12.0"]
+    ends = [column.split() for column in re.split(r"  +", lines[5].strip())]
+    assert ends[0] == ["90.5", "to", "95.0"] and ends[-1] == ["1.66", "to", "2.02"]
     markdown = tables.markdown_table(("a", "b"), [("x", "1")])
     assert markdown == "| a | b |\n| --- | ---: |\n| x | 1 |"
