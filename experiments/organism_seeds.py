@@ -11,29 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
-import jax
-
 from safemoe_jax.checkpoints.atomic import new_file
-from safemoe_jax.model import load_pretrained
-from safemoe_jax.models.config import LoraConfig
-from safemoe_jax.organism.recipe import CONDITIONS, Recipe, attack_config, defence_config, fingerprint
+from safemoe_jax.organism.recipe import CONDITIONS, Recipe, fingerprint
 from safemoe_jax.parallel.allocator import keep_freed_memory
-from safemoe_jax.training.loop import Plan, prepare, resume
-from safemoe_jax.training.optimizer import hyper
-from safemoe_jax.training.step import place_batch
 from safemoe_jax.workflows.organism import cached_organism
 from safemoe_jax.workflows.quickstart import QuickstartConfig, open_run_folder, run_conditions, table
-from safemoe_jax.workflows.train import plan_run
+from safemoe_jax.workflows.step_time import relative_seconds
 
 Figures = dict[str, Any]
 Conditions = dict[str, Figures]
-ROUNDS = 12
 TRAINED = {"adapters": "LoRA, rank 8 on q and v", "all": "Full fine-tuning"}
 
 
@@ -72,51 +63,10 @@ def measured(options: argparse.Namespace, trained: str, seed: int) -> Conditions
     conditions = run_conditions(
         organism, open_run_folder(config, recipe), config, recipe, CONDITIONS, options.split
     )
-    for name, seconds in paired_seconds(organism, folder, recipe, seed, trained).items():
-        conditions[name]["round_seconds"] = seconds
     with new_file(kept) as draft:
         draft.write_text(json.dumps(conditions), encoding="utf-8")
     print(f"seed {seed}, {trained}\n{table(conditions)}", flush=True)
     return json.loads(kept.read_text(encoding="utf-8"))
-
-
-def paired_seconds(organism: Path, folder: Path, recipe: Recipe, seed: int, trained: str) -> dict[str, float]:
-    """Seconds of `t_reg` task steps and what belongs to them, under each condition, in turns.
-
-    A run's own seconds say little on a machine that does other things too; turns see the same machine.
-    """
-    lora = LoraConfig() if trained == "adapters" else None
-    aligned = load_pretrained(organism / "model", dtype="float32")
-    reference, rounds = folder / "reference.safetensors", {}
-    for name in CONDITIONS:
-        defence = defence_config(recipe, name, reference)
-        config = attack_config(recipe, organism, folder / f"{name}-timing", seed, defence, lora=lora)
-        plan, _, _ = plan_run(config, aligned)
-        rounds[name] = timed_rounds(plan, recipe.t_reg)
-    taken: dict[str, list[float]] = {name: [] for name in rounds}
-    for _ in range(ROUNDS):
-        for name, seconds in rounds.items():
-            taken[name].append(next(seconds))
-    return {name: median(seconds[1:]) for name, seconds in taken.items()}
-
-
-def timed_rounds(plan: Plan, n_steps: int) -> Iterator[float]:
-    """Seconds of `n_steps` task steps, and of one pass if the defence has any, again and again."""
-    state = resume(plan, None).state
-    programs, batches = prepare(plan, state), plan.pipeline.iter(0)
-    optimizer = plan.config.optimizer
-    scalars = hyper(optimizer, optimizer.learning_rate, optimizer.clip_norm)
-    while True:
-        began = time.perf_counter()
-        for _ in range(n_steps):
-            batch = next(batches)
-            program = programs.task[(*batch["tokens"].shape, batch["targets"].shape[1])]
-            batch = place_batch(batch, plan.mesh)
-            state, _ = program(plan.weights.frozen, state, batch, scalars, programs.task_constants)
-        for program, batch in programs.passes:
-            state, _ = program(plan.weights.frozen, state, batch, scalars, programs.pass_constants)
-        jax.block_until_ready(state)
-        yield time.perf_counter() - began
 
 
 def page(found: dict[str, dict[int, Conditions]], split: str) -> str:
@@ -155,9 +105,8 @@ def section(title: str, by_seed: dict[int, Conditions]) -> str:
 
 
 def _relative_time(conditions: Conditions, name: str) -> str:
-    if "round_seconds" not in conditions[name]:
-        return ""
-    return f"{conditions[name]['round_seconds'] / conditions['undefended']['round_seconds']:.2f}"
+    relative = relative_seconds(conditions, name)
+    return "" if relative is None else f"{relative:.2f}"
 
 
 def criteria(seeds: Sequence[Conditions]) -> list[str]:

@@ -30,10 +30,12 @@ from safemoe_jax.organism.judge import organism_judge
 from safemoe_jax.organism.recipe import CONDITIONS, MAX_NEW_TOKENS, Recipe, attack_config, defence_config
 from safemoe_jax.parallel.allocator import keep_freed_memory
 from safemoe_jax.reporting.html import write_report
+from safemoe_jax.training.config import TrainConfig
 from safemoe_jax.training.run_folder import environment
 from safemoe_jax.workflows.organism import cached_organism
 from safemoe_jax.workflows.reference import ReferenceConfig, extract_reference
-from safemoe_jax.workflows.train import finetune
+from safemoe_jax.workflows.step_time import paired_seconds, relative_seconds
+from safemoe_jax.workflows.train import finetune, plan_run
 
 BATCH_SIZE = 40  # prompts computed together; one size, so that tests and curve share compiled programs
 CURVE_PROMPTS = 40
@@ -108,16 +110,19 @@ def run_conditions(
     reference = _reference(organism, folder)
     start = harmfulness(aligned, few)
     conditions = {"aligned": _measure(aligned, aligned, tests, folder, "aligned")}
+    lora = LoraConfig() if config.trained == "adapters" else None
+    attacks: dict[str, TrainConfig] = {}
     for name in names:
         _say(f"fine-tuning: {name}")
-        lora = LoraConfig() if config.trained == "adapters" else None
         defence = defence_config(recipe, name, reference)
-        train = attack_config(recipe, organism, folder / name, config.seed, defence, lora=lora)
+        attacks[name] = attack_config(recipe, organism, folder / name, config.seed, defence, lora=lora)
         curve = Curve(few, [(0, start)])
-        result = finetune(train, model=aligned, on_step=[curve])
+        result = finetune(attacks[name], model=aligned, on_step=[curve])
         curve.measure(result.summary["task_steps"], result.model)
         figures = _measure(as_loaded(result.model), aligned, tests, folder, name)
         conditions[name] = figures | _training_facts(result.summary, curve)
+    for name, seconds in _round_seconds(attacks, aligned, recipe).items():
+        conditions[name]["round_seconds"] = seconds
     return conditions
 
 
@@ -159,16 +164,17 @@ def as_loaded(model: Model) -> Model:
 
 
 def table(conditions: dict[str, Figures]) -> str:
-    """The figures, a line a condition."""
-    header = f"{'condition':<18}{'HS %':>8}{'FA %':>8}{'over-refusal %':>16}{'drift':>10}{'training s':>12}"
-    return "\n".join([header, *(_row(name, figures) for name, figures in conditions.items())])
-
-
-def _row(name: str, f: Figures) -> str:
-    seconds = f"{f['seconds']:.1f}" if "seconds" in f else ""
-    return (
-        f"{name:<18}{f['hs']:>8.1f}{f['fa']:>8.1f}{f['over_refusal']:>16.1f}{f['drift']:>10.5f}{seconds:>12}"
+    """The figures, a line a condition; time is relative to that of the undefended one."""
+    header = (
+        f"{'condition':<18}{'HS %':>8}{'FA %':>8}{'over-refusal %':>16}{'drift':>10}{'time, relative':>16}"
     )
+    rows = [_row(name, figures, relative_seconds(conditions, name)) for name, figures in conditions.items()]
+    return "\n".join([header, *rows])
+
+
+def _row(name: str, f: Figures, relative: float | None) -> str:
+    shown = "" if relative is None else f"{relative:.2f}"
+    return f"{name:<18}{f['hs']:>8.1f}{f['fa']:>8.1f}{f['over_refusal']:>16.1f}{f['drift']:>10.5f}{shown:>16}"
 
 
 def _measure(model: Model, aligned: Model, tests: Suites, folder: Path, name: str) -> Figures:
@@ -176,6 +182,13 @@ def _measure(model: Model, aligned: Model, tests: Suites, folder: Path, name: st
     found = evaluate(model, tests, judge=organism_judge(), metric=exact, aligned=aligned)
     write_jsonl(folder / "generations" / f"{name}.jsonl", found.generations)
     return found.results
+
+
+def _round_seconds(attacks: dict[str, TrainConfig], aligned: Model, recipe: Recipe) -> dict[str, float]:
+    """Seconds of the steps between two passes under each condition, in turns. Nothing is written."""
+    _say("timing: all conditions, in turns")
+    plans = {name: plan_run(attack, aligned)[0] for name, attack in attacks.items()}
+    return paired_seconds(plans, recipe.t_reg)
 
 
 def _training_facts(summary: dict[str, Any], curve: Curve) -> Figures:

@@ -50,6 +50,15 @@ def test_conditions_differ_only_in_the_defence(run):
         assert [step for step, _ in conditions[name]["hs_curve"]] == [0, 3]
 
 
+def test_every_trained_condition_has_the_time_of_its_steps_taken_in_turns(run):
+    conditions, printed = _results(run)["conditions"], run[2].splitlines()
+    assert "round_seconds" not in conditions["aligned"] and printed[1].split()[-1] == "0.00000"
+    assert printed[0].endswith("time, relative") and printed[2].split()[-1] == "1.00"
+    for line, name in zip(printed[2:], ("undefended", "safemoe", "safemoe_anchored"), strict=False):
+        ratio = conditions[name]["round_seconds"] / conditions["undefended"]["round_seconds"]
+        assert line.startswith(name) and float(line.split()[-1]) == pytest.approx(ratio, abs=0.006)
+
+
 def test_figures_follow_from_the_kept_generations(run):
     """HS, over-refusal and FA again, from the raw answers and by the definitions."""
     folder = run[0] / "run"
