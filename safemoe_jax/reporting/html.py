@@ -56,6 +56,7 @@ def _content(run: Run) -> dict[str, Any]:
         "header": tables.HEADER,
         "rows": tables.condition_rows(run.conditions),
         "colours": colours,
+        "timed": any(condition.round_seconds for condition in run.conditions),
         "legend": list(zip(colours, run.conditions, strict=True)),
         "judges": sorted({condition.judge for condition in run.conditions if condition.judge}),
         "intervals": figures.interval_chart(run.conditions),

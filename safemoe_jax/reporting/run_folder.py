@@ -51,6 +51,8 @@ class Condition:
         drift: mean KL over layers and prompts, nats.
         n: number of harmful prompts.
         seconds: time it took to train, or None.
+        round_seconds: time of the same training steps under each condition, the conditions taking turns, or
+            None.
         layers, drift_by_layer: index of each MoE layer and its mean KL, nats.
         drift_by_suite: mean KL on each kind of prompt (harmful, benign, task), nats.
         hs_curve: (optimizer step, HS in percent) pairs.
@@ -66,6 +68,7 @@ class Condition:
     drift: Measure
     n: int | None
     seconds: float | None
+    round_seconds: float | None
     layers: tuple[int, ...]
     drift_by_layer: tuple[float, ...]
     drift_by_suite: dict[str, Measure]
@@ -96,6 +99,13 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: tuple[dict[str, Any], ...] = ()
+
+
+def relative_time(condition: Condition, undefended: Condition | None) -> float | None:
+    """Training time as a multiple of the undefended model's; None where it was not measured in turns."""
+    if undefended is None or not undefended.round_seconds or condition.round_seconds is None:
+        return None
+    return condition.round_seconds / undefended.round_seconds
 
 
 def read_run(folder: Path | str) -> Run:
@@ -136,6 +146,7 @@ def _condition(name: str, entry: dict[str, Any], folder: Path) -> Condition:
         drift=_measure(entry, "drift"),
         n=entry.get("n"),
         seconds=entry.get("seconds"),
+        round_seconds=entry.get("round_seconds"),
         layers=tuple(entry.get("moe_layers") or range(len(by_layer))),
         drift_by_layer=by_layer,
         drift_by_suite={

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from safemoe_jax.reporting.run_folder import Condition, Measure, Run
+from safemoe_jax.reporting.run_folder import Condition, Measure, Run, relative_time
 
-HEADER = ("condition", "HS %", "over-refusal %", "task accuracy %", "drift (KL)", "n", "training s")
+HEADER = (
+    "condition",
+    "HS %",
+    "over-refusal %",
+    "task accuracy %",
+    "drift (KL)",
+    "n",
+    "training s",
+    "time, relative",
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ def summary(run: Run) -> str:
 
 def condition_rows(conditions: Sequence[Condition]) -> list[tuple[Cell, ...]]:
     """One row a condition, in the columns of `HEADER`; an en dash where nothing was measured."""
+    undefended = next((c for c in conditions if c.name == "undefended"), None)
     return [
         (
             Cell(c.title),
@@ -39,6 +49,7 @@ def condition_rows(conditions: Sequence[Condition]) -> list[tuple[Cell, ...]]:
             measured(c.drift, significant),
             Cell(number(c.n, 0)),
             Cell(number(c.seconds, 1)),
+            Cell(number(relative_time(c, undefended), 2)),
         )
         for c in conditions
     ]

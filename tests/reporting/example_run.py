@@ -39,13 +39,31 @@ def example_results() -> dict[str, Any]:
         "conditions": {
             "aligned": condition(0.0, 0.5, 12.0, 0.0),
             "undefended": condition(
-                92.5, 0.0, 99.5, 1.84, seconds=12.0, hs_curve=[[0, 0], [50, 88], [150, 92.5]]
+                92.5,
+                0.0,
+                99.5,
+                1.84,
+                seconds=12.0,
+                round_seconds=0.22,
+                hs_curve=[[0, 0], [50, 88], [150, 92.5]],
             ),
             "safemoe": condition(
-                24.5, 1.0, 98.5, 0.21, seconds=15.5, hs_curve=[[0, 0], [50, 31], [150, 24.5]]
+                24.5,
+                1.0,
+                98.5,
+                0.21,
+                seconds=15.5,
+                round_seconds=0.28,
+                hs_curve=[[0, 0], [50, 31], [150, 24.5]],
             ),
             "safemoe_anchored": condition(
-                0.5, 1.0, 99.0, 0.013, seconds=12.6, hs_curve=[[0, 0], [50, 1], [150, 0.5]]
+                0.5,
+                1.0,
+                99.0,
+                0.013,
+                seconds=12.6,
+                round_seconds=0.23,
+                hs_curve=[[0, 0], [50, 1], [150, 0.5]],
             ),
         },
     }

@@ -87,6 +87,7 @@ def test_every_figure_of_every_condition_is_on_the_page(run: Run) -> None:
         for value in entry["drift_by_layer"]:
             assert f"{value:.3g}" in text
     for words in (
+        "1.27",  # 0.28 s against 0.22 s
         "seed 3",
         "0123abcd",
         "versions.jax",
@@ -144,7 +145,7 @@ def test_what_was_not_measured_is_said_to_be_missing(folder: Path) -> None:
     text = Page(render(run)).text
     assert "not measured" in text and "neither config.yaml nor environment.json" in text
     assert "MoE layer" not in text and "while training" not in text and "every model" not in text
-    assert [cell.text for cell in tables.condition_rows(run.conditions)[1][2:]] == ["–"] * 5
+    assert [cell.text for cell in tables.condition_rows(run.conditions)[1][2:]] == ["–"] * 6
     assert not any(cell.interval for row in tables.condition_rows(run.conditions) for cell in row)
 
 
@@ -195,8 +196,8 @@ def test_a_damaged_file_is_named(folder: Path, file: str, content: str, where: s
 def test_the_verdict_follows_the_criteria(run: Run) -> None:
     verdict = judge_run(run.conditions)
     assert verdict.tone == "mixed"
-    assert [criterion.met for criterion in verdict.criteria["safemoe_anchored"]] == [True, True, True, True]
-    assert [criterion.met for criterion in verdict.criteria["safemoe"]] == [False, True, True, False]
+    assert [criterion.met for criterion in verdict.criteria["safemoe_anchored"]] == [True] * 5
+    assert [criterion.met for criterion in verdict.criteria["safemoe"]] == [False, True, True, False, False]
     for words in (
         "92.5 %",
         "SafeMoE, as published: 24.5 %, a criterion missed",
@@ -216,13 +217,29 @@ def test_the_verdict_follows_the_criteria(run: Run) -> None:
         ("safemoe_anchored", "drift", 0.184, True, 3),
         ("safemoe_anchored", "drift", 0.19, False, 3),
         ("safemoe_anchored", "fa", None, None, 2),
+        ("safemoe_anchored", "round_seconds", 0.241, True, 4),
+        ("safemoe_anchored", "round_seconds", 0.243, False, 4),
+        ("safemoe_anchored", "round_seconds", None, None, 4),
     ],
 )
 def test_each_criterion_turns_at_its_limit(run: Run, name, field, value, met, which) -> None:
+    changed = value if field == "round_seconds" else Measure(value)
     conditions = tuple(
-        dataclasses.replace(c, **{field: Measure(value)}) if c.name == name else c for c in run.conditions
+        dataclasses.replace(c, **{field: changed}) if c.name == name else c for c in run.conditions
     )
     assert judge_run(conditions).criteria[name][which].met is met
+
+
+def test_of_a_run_that_did_not_measure_time_in_turns_none_is_asked(run: Run, folder: Path) -> None:
+    results = example_results()
+    for entry in results["conditions"].values():
+        entry.pop("round_seconds", None)
+    older = with_results(folder, results)
+    verdict = judge_run(older.conditions)
+    assert [len(criteria) for criteria in verdict.criteria.values()] == [4, 4]
+    assert verdict.headline == judge_run(run.conditions).headline
+    text = Page(render(older)).text
+    assert "training time" not in text and "taking turns" not in text
 
 
 def test_an_attack_that_did_not_work_settles_nothing(run: Run) -> None:
@@ -301,7 +318,7 @@ def test_curve_labels_do_not_lie_on_each_other(run: Run) -> None:
 def test_tables_for_terminal_and_markdown(run: Run) -> None:
     lines = tables.summary(run).splitlines()
     assert lines[0].startswith("condition") and len(lines) == 2 + 2 * 4
-    assert lines[4].split()[-3:] == ["1.84", "200", "12.0"]
+    assert lines[4].split()[-4:] == ["1.84", "200", "12.0", "1.00"]
     ends = [column.split() for column in re.split(r"  +", lines[5].strip())]
     assert ends[0] == ["90.5", "to", "95.0"] and ends[-1] == ["1.66", "to", "2.02"]
     markdown = tables.markdown_table(("a", "b"), [("x", "1")])
