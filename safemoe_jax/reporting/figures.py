@@ -22,7 +22,7 @@ FREE_COLOURS = 3  # classes c-4 .. c-6, for conditions that the palette does not
 # At 0.1 nats up to 22 % of the routing probability has gone elsewhere (Pinsker); an undefended attack on the
 # built-in organism gives 0.1 to 0.5 on average over its layers, a defence that holds 0.0004 to 0.003.
 LEAST_PEAK = 0.1
-LEGEND_STEPS = 24
+LEGEND_STEPS = 8
 
 
 def colour_class(condition: Condition, position: int) -> str:
@@ -116,16 +116,16 @@ def _cell(
 def _heat_legend(peak: float) -> list[str]:
     """The shades from no drift to the strongest colour, with the values at both ends, right of the title.
 
-    In steps: an SVG gradient would need an id, and the ids of one page's figures share a namespace.
+    Apart from each other, as the cells are: where two transparent edges met there would be a seam.
     """
-    right, bar, height = WIDTH - 76, 144, 12
-    left, step = right - bar, bar / LEGEND_STEPS
-    parts = [f'<rect x="{left}" y="2" width="{bar}" height="{height}" class="heat-base"/>']
+    right, step, height = WIDTH - 76, 18, 12
+    left = right - step * LEGEND_STEPS
+    parts = []
     for i in range(LEGEND_STEPS):
-        box = f'x="{left + i * step:.1f}" y="2" width="{step:.1f}" height="{height}"'
-        # Smoothed edges of two neighbours would add up to a seam.
-        parts.append(f'<rect {box} {_shade(i / (LEGEND_STEPS - 1))} shape-rendering="crispEdges"/>')
-    ends = (left - 6, "0", "tick end"), (right + 6, f"{significant(peak)} nats", "tick")
+        box = f'x="{left + i * step}" y="2" width="{step - 2}" height="{height}" rx="2"'
+        shade = _shade(i / (LEGEND_STEPS - 1))
+        parts += [f'<rect {box} class="heat-base"/>', f"<rect {box} {shade}/>"]
+    ends = (left - 6, "0", "tick end"), (right + 4, f"{significant(peak)} nats", "tick")
     return parts + [_text(x, 12, text, classes) for x, text, classes in ends]
 
 

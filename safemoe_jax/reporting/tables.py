@@ -14,7 +14,7 @@ HEADER = (
     "task accuracy %",
     "drift (KL)",
     "n",
-    "training s",
+    "seconds",
     "time, relative",
 )
 
