@@ -48,14 +48,15 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
-# Fields that are read, or that change nothing about what a written adapter computes. PEFT keeps adding options,
-# and one that nobody here has heard of may change everything: any other field must be off.
-_KNOWN_FIELDS = frozenset(
-    "auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules "
-    "inference_mode init_lora_weights layers_pattern loftq_config lora_alpha lora_dropout lora_ga_config "
-    "megatron_core peft_type peft_version qalora_group_size r revision runtime_config target_modules "
-    "target_parameters task_type use_rslora".split()
-)
+# Fields that are read, or that change nothing about what a written adapter computes. PEFT keeps adding
+# options, and one that is not known here may change everything: any other field must be off.
+_KNOWN_FIELDS = {
+    *("r", "lora_alpha", "use_rslora", "bias", "init_lora_weights", "target_modules", "target_parameters"),
+    *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping"),
+    *("inference_mode", "lora_dropout", "exclude_modules", "layers_pattern", "ensure_weight_tying"),
+    *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
+    *("qalora_group_size", "megatron_core"),
+}
 # PEFT's other ways to initialise (pissa, olora, corda, loftq, lora_ga) change the base weights as well.
 _INITIALISED_APART = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
@@ -232,9 +233,9 @@ def _read_lora(
         raise InputError(f"field 'bias' is {raw['bias']!r}", where=where, expected="'none'")
     if raw.get("init_lora_weights") not in _INITIALISED_APART:
         raise InputError(
-            f"field 'init_lora_weights' is {raw['init_lora_weights']!r}, which changes the base's weights too",
+            f"field 'init_lora_weights' is {raw['init_lora_weights']!r}, which changes the base too",
             where=where,
-            expected="an adapter of the unchanged base: PEFT writes one with path_initial_model_for_weight_conversion",
+            expected="an adapter of the unchanged base (PEFT's path_initial_model_for_weight_conversion)",
         )
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):

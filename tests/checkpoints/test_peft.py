@@ -136,7 +136,9 @@ def test_the_start_of_training_does_not_matter_where_it_leaves_the_base_alone(re
 
 def test_a_pickled_adapter_is_refused_by_name(references, adapter):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    refused(references, adapter, "is a pickle", str(adapter / "adapter_model.bin"), "adapter_model.safetensors")
+    refused(
+        references, adapter, "is a pickle", str(adapter / "adapter_model.bin"), "adapter_model.safetensors"
+    )
 
 
 def test_tensors_that_do_not_fit(references, adapter, rewrite):
