@@ -46,21 +46,19 @@ from safemoe_jax.models.transformer import declare
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
-# Options of PEFT that this project does not compute, with the value that changes nothing.
-_UNSUPPORTED = {
-    "use_dora": False,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "use_qalora": False,
+# Fields that are read, or that change nothing about what a written adapter computes. PEFT keeps adding
+# options, and one that is not known here may change everything: any other field must be off.
+_KNOWN_FIELDS = {
+    *("r", "lora_alpha", "use_rslora", "bias", "init_lora_weights", "target_modules", "target_parameters"),
+    *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping"),
+    *("inference_mode", "lora_dropout", "exclude_modules", "layers_pattern", "ensure_weight_tying"),
+    *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
+    *("qalora_group_size", "megatron_core"),
 }
+# PEFT's other ways to initialise (pissa, olora, corda, loftq, lora_ga) change the base weights as well.
+_INITIALISED_APART = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
 class _Factor(NamedTuple):
@@ -180,6 +178,12 @@ def load_adapter(
     if not folder.is_dir():
         raise InputError("no such adapter folder", where=str(folder), expected=f"a folder with {CONFIG}")
     raw = read_json(folder / CONFIG)
+    if not (folder / WEIGHTS).exists() and (folder / PICKLED).exists():
+        raise InputError(
+            "the adapter is a pickle, which can run code when it is read",
+            where=str(folder / PICKLED),
+            expected=f"{WEIGHTS}: save the adapter with safe_serialization=True",
+        )
     prefixes = family_of(config.family).table.prefixes
     found = {_plain(name, prefixes): e.shape for name, e in list_tensors(folder / WEIGHTS).items()}
     config = replace(config, lora=_read_lora(raw, config, found, str(folder / CONFIG)))
@@ -220,9 +224,19 @@ def _read_lora(
 ) -> LoraConfig:
     if raw.get("peft_type") != "LORA":
         raise InputError(f"adapter of type {raw.get('peft_type')!r}", where=where, expected="peft_type LORA")
-    for field, harmless in _UNSUPPORTED.items():
-        if raw.get(field) and raw[field] != harmless:
-            raise InputError(f"field '{field}' is {raw[field]!r}", where=where, expected=f"{harmless!r}")
+    for field, value in raw.items():
+        if field not in _KNOWN_FIELDS and value:
+            raise InputError(
+                f"field '{field}' is {value!r}", where=where, expected="an adapter without this option"
+            )
+    if raw.get("bias", "none") != "none":
+        raise InputError(f"field 'bias' is {raw['bias']!r}", where=where, expected="'none'")
+    if raw.get("init_lora_weights") not in _INITIALISED_APART:
+        raise InputError(
+            f"field 'init_lora_weights' is {raw['init_lora_weights']!r}, which changes the base too",
+            where=where,
+            expected="an adapter of the unchanged base (PEFT's path_initial_model_for_weight_conversion)",
+        )
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         raise InputError(

@@ -36,7 +36,7 @@ from safemoe_jax.errors import InputError
 from safemoe_jax.models.config import ModelConfig
 from safemoe_jax.models.params import Params, is_adapter
 
-FORMAT = "safemoe-reference-1"
+FORMAT = "safemoe-reference-2"
 LOWEST_LOG_PROB = -64.0
 _STEPS = 65535
 # Fields that do not change what the network computes.
@@ -87,7 +87,7 @@ class Reference:
         log_probs: next-token log-probabilities at the last prompt token, or None.
         model: folder or hub id, for messages.
         chat_template: the tokenizer's template, or "".
-        system_prompt: the system message of the prompts, or "".
+        system_prompt: the system message of the prompts (all of them, where they differ), or "".
     """
 
     router_logits: np.ndarray
@@ -134,9 +134,18 @@ def hash_prompts(prompts: Sequence[np.ndarray]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over a tokenizer's vocabulary and chat template."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps([vocabulary, tokenizer.chat_template]).encode()).hexdigest()
+    """SHA-256 over all that decides which tokens a tokenizer makes of a conversation.
+
+    That is its whole pipeline (normaliser, splitting, merges, vocabulary), its special tokens, and its chat
+    template; a tokenizer without a pipeline to write down counts by its vocabulary.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pipeline = {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    if backend is not None:
+        pipeline = json.loads(backend.to_str())
+        pipeline |= {"truncation": None, "padding": None}  # of the last call, not of the tokenizer
+    described = [pipeline, tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint(config: ModelConfig, params: Params) -> str:
@@ -231,6 +240,8 @@ def write_reference(path: str | Path, reference: Reference) -> None:
         write_arrays(temporary, arrays, metadata)
 
 
+_ARRAYS = ("router_logits", "prompt_tokens", "prompt_lengths", "group")
+_LOG_PROB_ARRAYS = ("log_prob_codes", "log_prob_lowest", "log_prob_step")
 _TEXT_FIELDS = ("model_fingerprint", "tokenizer_fingerprint", "model", "chat_template", "system_prompt")
 
 
@@ -238,15 +249,11 @@ def read_reference(path: str | Path) -> Reference:
     """Reads a reference file.
 
     Raises:
-        InputError: the file is missing, truncated, or no reference file.
+        InputError: the file is missing, truncated, no reference file, or its parts do not belong together.
     """
     path = Path(path)
-    metadata = read_metadata(path)
-    if metadata.get("format") != FORMAT:
-        raise InputError(
-            "not a reference file", where=str(path), expected="a file that `safemoe reference` wrote"
-        )
-    arrays = dict(read_arrays(path))
+    metadata, arrays = read_metadata(path), dict(read_arrays(path))
+    _check_file(path, metadata, arrays)
     prompts = tuple(np.split(arrays["prompt_tokens"], np.cumsum(arrays["prompt_lengths"])[:-1]))
     codes = arrays.get("log_prob_codes")
     reference = Reference(
@@ -261,6 +268,29 @@ def read_reference(path: str | Path) -> Reference:
     if reference.prompts_hash != metadata["prompts_hash"]:
         raise InputError("the prompts do not match their hash", where=str(path), expected="an unchanged file")
     return reference
+
+
+def _check_file(path: Path, metadata: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuses a file of another format, or one that something else than this module has changed."""
+
+    def check(right: bool, what: str, expected: str = "a file as `safemoe reference` wrote it") -> None:
+        if not right:
+            raise InputError(what, where=str(path), expected=expected)
+
+    known = str(metadata.get("format", ""))
+    check(known.startswith("safemoe-reference-"), "not a reference file")
+    check(known == FORMAT, f"the format {known} of another version", "the file made anew")
+    missing = {*_ARRAYS} - {*arrays} | {*_TEXT_FIELDS, "prompts_hash"} - {*metadata}
+    check(not missing, f"without {', '.join(sorted(missing))}")
+    logits, lengths = arrays["router_logits"], arrays["prompt_lengths"]
+    compact = {*_LOG_PROB_ARRAYS} & {*arrays}
+    check(len(compact) in (0, len(_LOG_PROB_ARRAYS)), "only a part of the log-probabilities")
+    rows = {name: len(arrays[name]) for name in ("prompt_lengths", "group", *sorted(compact))}
+    check(logits.ndim == 3, f"router_logits of shape {logits.shape}")
+    check({*rows.values()} == {logits.shape[1]}, f"router_logits of {logits.shape[1]} prompts and {rows}")
+    check(lengths.sum() == len(arrays["prompt_tokens"]), "prompt_tokens that do not fill prompt_lengths")
+    for name in ("router_logits", "log_prob_lowest", "log_prob_step"):
+        check(bool(np.isfinite(arrays.get(name, 0.0)).all()), f"NaN or infinite values in {name}")
 
 
 def check_matches(
@@ -279,7 +309,7 @@ def check_matches(
         config: the model to be trained; its layers and experts are always compared.
         model_fingerprint: `fingerprint` of that model before training.
         tokenizer: its tokenizer.
-        prompts: the prompts that the run will use, tokenised.
+        prompts: the prompts that the run expects in the file, tokenised.
         where: the reference file, for messages.
 
     Raises:

@@ -6,6 +6,7 @@ W value width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from safemoe_jax.models.config import LayerConfig, ModelConfig
-from safemoe_jax.models.kv_cache import LayerCache
+from safemoe_jax.models.kv_cache import KeysValues, LayerCache
 from safemoe_jax.models.linear import Linear
 from safemoe_jax.models.norms import RMSNorm, unit_rms
 from safemoe_jax.models.params import ParamSpec
@@ -29,7 +30,6 @@ class Row(NamedTuple):
     mask_BTS: bool, True where a query may see a key, before windows and chunks (S = T, or the cache's slots).
     positions_BT, key_positions_BS: int32, positions of queries and of keys within their sample.
     forced_BT: bool, where routing is overridden, or None.
-    slot: the first cache slot to write, or None without a cache.
     """
 
     rope: Tables
@@ -37,7 +37,6 @@ class Row(NamedTuple):
     positions_BT: jax.Array
     key_positions_BS: jax.Array
     forced_BT: jax.Array | None
-    slot: jax.Array | None
 
 
 class Traits(NamedTuple):
@@ -79,28 +78,28 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x_BTD: jax.Array, row: Row, traits: Traits, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Attends, and writes this call's keys and values into the cache if there is one.
+    ) -> tuple[jax.Array, KeysValues]:
+        """Attends to the tokens given and to what the cache holds.
 
         Args:
             x_BTD: normalised hidden states.
             row: positions and mask.
             traits: this layer's window, chunk, rotation and temperature.
-            cache: keys and values so far.
+            cache: keys and values so far; only with T = 1.
 
         Returns:
-            The attention output [B, T, D] and the updated cache.
+            The attention output [B, T, D], and the keys [B, T, G, H] and values of these tokens.
         """
         q_BTNH, k_BTGH, v_BTGH = self._project(x_BTD)
         q_BTNH, k_BTGH = self._place(q_BTNH, k_BTGH, row, traits)
-        y_BTNH, cache = attend_row(
+        y_BTNH = attend_row(
             (q_BTNH, k_BTGH, v_BTGH),
             layer_mask(row, traits),
             cache,
             scale=self.config.attention_scale,
             sinks_N=None if self.sinks is None else self.sinks[...],
         )
-        return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1)), cache
+        return self.o_proj(y_BTNH.reshape(*x_BTD.shape[:2], -1)), (k_BTGH, v_BTGH)
 
     def _project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         config, clip = self.config, self.config.clip_qkv
@@ -160,17 +159,11 @@ def attend_row(
     *,
     scale: float | None,
     sinks_N: jax.Array | None = None,
-) -> tuple[jax.Array, LayerCache | None]:
-    """Attention over the keys that the mask speaks of: the row's own (S = T), or all slots of the cache.
-
-    A prompt looks at its own keys: nothing comes before them, so the cache is only written.
-    """
-    q_BTNH, k_BTGH, v_BTGW = qkv
-    if cache is not None:
-        cache = cache.write(k_BTGH, v_BTGW)
-    if mask_BTS.shape[2] == q_BTNH.shape[1]:
-        return attend(q_BTNH, k_BTGH, v_BTGW, mask_BTS, scale=scale, sinks_N=sinks_N), cache
-    return attend_heads_first(q_BTNH, *cache.read(), mask_BTS, scale=scale, sinks_N=sinks_N), cache
+) -> jax.Array:
+    """Attention over the row's own keys (S = T), or of a new token over the cache's slots and itself."""
+    if cache is None:
+        return attend(*qkv, mask_BTS, scale=scale, sinks_N=sinks_N)
+    return cache.read(partial(attend_cached, qkv, mask_BTS, scale=scale, sinks_N=sinks_N))
 
 
 def attend(
@@ -211,12 +204,8 @@ def attend_heads_first(
     Returns:
         [B, T, N, W] in the dtype of q.
     """
-    rows, length, heads, width = q_BTNH.shape
-    groups = k_BGSH.shape[1]
-    q_BTGQH = q_BTNH.reshape(rows, length, groups, -1, width)
-    # Heads come before positions: every product below is then a plain batched matrix product.
-    q_BGQTH = q_BTGQH.transpose(0, 2, 3, 1, 4) * (width**-0.5 if scale is None else scale)
-    sinks_GQ11 = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(groups, -1, 1, 1)
+    length = q_BTNH.shape[1]
+    q_BGQTH, sinks_GQ11 = _by_group(q_BTNH, sinks_N, k_BGSH.shape[1], scale)
     block = max(_LEAST_BLOCK, -(-length // _MOST_BLOCKS))
     if length <= block:
         y_BGQTW = _attend_block(q_BGQTH, k_BGSH, v_BGSW, mask_BTS, sinks_GQ11)
@@ -232,7 +221,53 @@ def attend_heads_first(
             for start in range(0, length, block)
         ]
         y_BGQTW = jnp.concatenate(blocks, axis=3)
-    return y_BGQTW.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, -1)
+    return y_BGQTW.transpose(0, 3, 1, 2, 4).reshape(*q_BTNH.shape[:3], -1)
+
+
+def attend_cached(
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    mask_B1S: jax.Array,
+    k_BGSH: jax.Array,
+    v_BGSW: jax.Array,
+    *,
+    scale: float | None = None,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of one new token a row over the slots that the mask lets it see, and over itself.
+
+    Both parts are weighed by the sums of their softmaxes (FlashAttention's merge of blocks), so that nothing
+    has to be written into the cache first.
+
+    Args:
+        qkv: query [B, 1, N, H], key [B, 1, G, H] and value [B, 1, G, W] of the token.
+        mask_B1S: bool; may be False throughout.
+        k_BGSH, v_BGSW: what the slots hold.
+        scale, sinks_N: as in `attend_heads_first`.
+
+    Returns:
+        [B, 1, N, W] in the dtype of the query.
+    """
+    q_B1NH, k_B1GH, v_B1GW = qkv
+    q_BGQ1H, sinks_GQ11 = _by_group(q_B1NH, sinks_N, k_BGSH.shape[1], scale)
+    seen_BGQ1W, log_sum_BGQ11 = _attend_with_sums(q_BGQ1H, k_BGSH, v_BGSW, mask_B1S, sinks_GQ11)
+    own_BGQ11 = _product("BGQTH,BTGH->BGQT", q_BGQ1H, k_B1GH)[..., None]
+    own_share_BGQ11 = jax.nn.sigmoid(own_BGQ11 - log_sum_BGQ11)
+    own_BG11W = v_B1GW.transpose(0, 2, 1, 3)[:, :, None].astype(jnp.float32)
+    y_BGQ1W = seen_BGQ1W + own_share_BGQ11 * (own_BG11W - seen_BGQ1W)
+    return y_BGQ1W.reshape(*q_B1NH.shape[:3], -1).astype(q_B1NH.dtype)
+
+
+def _by_group(
+    q_BTNH: jax.Array, sinks_N: jax.Array | None, groups: int, scale: float | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scaled queries [B, G, Q, T, H] and float32 sinks [G, Q, 1, 1].
+
+    Heads come before positions: every product is then a plain batched matrix product.
+    """
+    rows, length, _, width = q_BTNH.shape
+    q_BTGQH = q_BTNH.reshape(rows, length, groups, -1, width)
+    q_BGQTH = q_BTGQH.transpose(0, 2, 3, 1, 4) * (width**-0.5 if scale is None else scale)
+    return q_BGQTH, None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(groups, -1, 1, 1)
 
 
 @jax.custom_vjp
@@ -245,7 +280,7 @@ def _attend_block(
 ) -> jax.Array:
     """Softmax attention of some queries. The backward pass computes the weights anew, as FlashAttention does
     (arXiv 2205.14135, algorithm 4): nothing of size T x S is kept for it."""
-    return _attend_with_sums(q_BGQTH, k_BGSH, v_BGSW, mask_BTS, sinks_GQ11)[0]
+    return _attend_with_sums(q_BGQTH, k_BGSH, v_BGSW, mask_BTS, sinks_GQ11)[0].astype(q_BGQTH.dtype)
 
 
 def _attend_with_sums(
@@ -255,7 +290,7 @@ def _attend_with_sums(
     mask_BTS: jax.Array,
     sinks_GQ11: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [B,G,Q,T,W] in the dtype of q, and the log of each softmax's sum, float32 [B,G,Q,T,1]."""
+    """The output [B,G,Q,T,W] and the log of each softmax's sum [B,G,Q,T,1], float32."""
     scores = _masked_scores(q_BGQTH, k_BGSH, mask_BTS)
     largest_BGQT1 = scores.max(axis=-1, keepdims=True)
     if sinks_GQ11 is not None:
@@ -266,11 +301,12 @@ def _attend_with_sums(
     if sinks_GQ11 is not None:
         total_BGQT1 = total_BGQT1 + jnp.exp(sinks_GQ11 - largest_BGQT1)
     y_BGQTW = _product("BGQTS,BGSW->BGQTW", weights.astype(v_BGSW.dtype), v_BGSW) / total_BGQT1
-    return y_BGQTW.astype(q_BGQTH.dtype), largest_BGQT1 + jnp.log(total_BGQT1)
+    return y_BGQTW, largest_BGQT1 + jnp.log(total_BGQT1)
 
 
 def _attend_block_forward(*inputs: jax.Array | None) -> tuple[jax.Array, tuple]:
     y_BGQTW, log_sum_BGQT1 = _attend_with_sums(*inputs)
+    y_BGQTW = y_BGQTW.astype(inputs[0].dtype)
     return y_BGQTW, (*inputs, y_BGQTW, log_sum_BGQT1)
 
 

@@ -9,7 +9,7 @@ from safemoe_jax.models.attention import Attention, Row, Traits
 from safemoe_jax.models.config import Compute, ModelConfig
 from safemoe_jax.models.experts import MoE
 from safemoe_jax.models.feed_forward import FeedForward
-from safemoe_jax.models.kv_cache import LayerCache
+from safemoe_jax.models.kv_cache import KeysValues, LayerCache
 from safemoe_jax.models.mla import LatentAttention
 from safemoe_jax.models.norms import model_norm
 
@@ -29,11 +29,11 @@ class Layer(nnx.Module):
 
     def attend(
         self, x_BTD: jax.Array, row: Row, traits: Traits, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """Attention with its residual."""
+    ) -> tuple[jax.Array, KeysValues]:
+        """Attention with its residual, and these tokens' keys and values."""
         with jax.named_scope("attention"):
-            y_BTD, cache = self.attention(self.input_norm(x_BTD), row, traits, cache)
-        return self._add(x_BTD, y_BTD), cache
+            y_BTD, new = self.attention(self.input_norm(x_BTD), row, traits, cache)
+        return self._add(x_BTD, y_BTD), new
 
     def route(self, x_BTD: jax.Array) -> jax.Array:
         """Router logits [B, T, E] of the states after attention; no expert is computed."""

@@ -13,7 +13,7 @@ from flax import nnx
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.attention import Row, Traits, attend_row, layer_mask, layer_tables
 from safemoe_jax.models.config import ModelConfig
-from safemoe_jax.models.kv_cache import LayerCache
+from safemoe_jax.models.kv_cache import KeysValues, LayerCache
 from safemoe_jax.models.linear import Linear
 from safemoe_jax.models.norms import RMSNorm
 from safemoe_jax.models.rope import rotate
@@ -74,12 +74,12 @@ class LatentAttention(nnx.Module):
 
     def __call__(
         self, x_BTD: jax.Array, row: Row, traits: Traits, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """As `attention.Attention`: the output [B, T, D] and the updated cache."""
+    ) -> tuple[jax.Array, KeysValues]:
+        """As `attention.Attention`: the output [B, T, D], and these tokens' keys and values."""
         qkv = self._project(x_BTD, row, traits)
         scale = self.config.attention_scale
-        y_BTNW, cache = attend_row(qkv, layer_mask(row, traits), cache, scale=scale)
-        return self.o_proj(y_BTNW.reshape(*x_BTD.shape[:2], -1)), cache
+        y_BTNW = attend_row(qkv, layer_mask(row, traits), cache, scale=scale)
+        return self.o_proj(y_BTNW.reshape(*x_BTD.shape[:2], -1)), qkv[1:]
 
     def _project(self, x_BTD: jax.Array, row: Row, traits: Traits) -> tuple[jax.Array, jax.Array, jax.Array]:
         mla, leading = self.config.mla, x_BTD.shape[:2]

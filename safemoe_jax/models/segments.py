@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from safemoe_jax.models.attention import Row, Traits
 from safemoe_jax.models.config import Compute, ModelConfig, Segment
 from safemoe_jax.models.experts import EXPERT_STACKS
-from safemoe_jax.models.kv_cache import Cache, LayerCache
+from safemoe_jax.models.kv_cache import Apart, KeysValues, LayerCache, Stacked
 from safemoe_jax.models.layer import Layer
 from safemoe_jax.models.params import Params, Weights, bind
 from safemoe_jax.parallel.mesh import constrain
@@ -36,8 +36,9 @@ def run_segment(
     *,
     forced: tuple[jax.Array | None, ...] | None = None,
     stop: int | None = None,
-    cache: Cache | None = None,
-) -> tuple[jax.Array, jax.Array | None, Cache | None]:
+    cache: tuple[Stacked | Apart, ...] | None = None,
+    keep: bool = False,
+) -> tuple[jax.Array, jax.Array | None, tuple[KeysValues, ...] | None]:
     """Scans the first `stop` repeats of segment `s` (all by default).
 
     Frozen weights are read from their stack by index, so that a partial pass copies none of them and the
@@ -51,10 +52,12 @@ def run_segment(
         row: what its layers share.
         forced: as `forced_of` gives it.
         stop: repeats to run.
-        cache: keys and values of all layers.
+        cache: keys and values of earlier tokens, one cache a place in the pattern.
+        keep: return the keys and values of these tokens.
 
     Returns:
-        Hidden states, router logits [R * M, B, T, E] in layer order (None without a MoE layer), the cache.
+        Hidden states, router logits [R * M, B, T, E] in layer order (None without a MoE layer), and for each
+        place in the pattern keys [R, B, T, G, H] and values (None unless they are kept).
     """
     segment = config.segments[s]
     stop = segment.repeats if stop is None else stop
@@ -62,21 +65,18 @@ def run_segment(
     frozen = [_frozen_stacks(weights, s, p, compute) for p in places]
     shared, scanned = _split_traits(config, segment, stop)
 
-    def body(carry: tuple, per_repeat: tuple) -> tuple[tuple, tuple]:
-        x_BTD, stacks = carry
+    def body(x_BTD: jax.Array, per_repeat: tuple) -> tuple[jax.Array, tuple]:
         repeat, trainable, traits, forced = per_repeat
-        router_logits = []
+        router_logits, kept = [], []
         for p, kind in enumerate(segment.pattern):
             layer, first_group = _bind_layer(config, kind, frozen[p], trainable[p], repeat)
-            index = segment.first_layer + repeat * len(segment.pattern) + p
-            layer_cache = None if stacks is None else LayerCache(*stacks, index, row.slot)
-            layer_traits = Traits(**shared[p], **traits[p])
-            x_BTD, layer_cache = layer.attend(x_BTD, row, layer_traits, layer_cache)
+            seen = None if cache is None else LayerCache(cache[p], repeat)
+            x_BTD, new = layer.attend(x_BTD, row, Traits(**shared[p], **traits[p]), seen)
             x_BTD, logits_BTE = layer.feed_forward(x_BTD, row, forced[p], first_group, compute)
             x_BTD = constrain(x_BTD, compute.mesh, ACTIVATION_AXES)
             router_logits += [] if logits_BTE is None else [logits_BTE]
-            stacks = None if layer_cache is None else (layer_cache.keys_LBGSH, layer_cache.values_LBGSW)
-        return (x_BTD, stacks), tuple(router_logits)
+            kept.append(new)
+        return x_BTD, (tuple(router_logits), tuple(kept) if keep else None)
 
     per_repeat = (
         jnp.arange(stop, dtype=jnp.int32),
@@ -84,11 +84,8 @@ def run_segment(
         scanned,
         (None,) * len(places) if forced is None else forced,
     )
-    stacks = None if cache is None else (cache.keys_LBGSH, cache.values_LBGSW)
-    (x_BTD, stacks), router_logits = jax.lax.scan(_rematerialised(body, compute), (x_BTD, stacks), per_repeat)
-    if stacks is not None:
-        cache = Cache(*stacks, cache.positions_BS)
-    return x_BTD, _in_layer_order(router_logits), cache
+    x_BTD, (router_logits, kept) = jax.lax.scan(_rematerialised(body, compute), x_BTD, per_repeat)
+    return x_BTD, _in_layer_order(router_logits), kept
 
 
 def layer_at(

@@ -15,7 +15,8 @@ from flax import nnx
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.attention import Row
 from safemoe_jax.models.config import Compute, ModelConfig
-from safemoe_jax.models.kv_cache import Cache, empty_cache
+from safemoe_jax.models.experts import platform
+from safemoe_jax.models.kv_cache import Apart, Cache, KeysValues, Stacked
 from safemoe_jax.models.layer import Layer
 from safemoe_jax.models.norms import model_norm
 from safemoe_jax.models.params import Params, ParamSpec, Weights, bind, flat_state
@@ -219,11 +220,11 @@ def prefill(
         t.
     """
     row = _row(config, tokens_BT, attention_mask_BT, None, None, override)
-    row = row._replace(slot=jnp.int32(0))
-    cache = empty_cache(config, tokens_BT.shape[0], cache_length, compute.jnp_dtype)
+    x_BTD, _, kept = _all_layers(config, weights, tokens_BT, row, override, compute, keep=True)
+    kind = Apart if platform(compute) == "cpu" else Stacked
+    caches = tuple(tuple(kind.of(new, cache_length) for new in places) for places in kept)
     free = ((0, 0), (0, cache_length - tokens_BT.shape[1]))
-    cache = cache._replace(positions_BS=jnp.pad(row.key_positions_BS, free))
-    x_BTD, _, cache = _all_layers(config, weights, tokens_BT, row, override, compute, cache)
+    cache = Cache(caches, jnp.pad(row.key_positions_BS, free))
     last_B = attention_mask_BT.sum(axis=1, dtype=jnp.int32) - 1
     x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
     return unembed(config, weights, _final_norm(config, weights, x_BD)), cache
@@ -247,7 +248,7 @@ def decode_step(
         position_B: int32, their positions (each row's own length so far).
         slot: int32 scalar, the cache slot that all rows write.
         cache: as returned by `prefill` or the last step.
-        valid_BS: bool, slots that hold a real token of the row, `slot` included.
+        valid_BS: bool, slots that hold a real token of the row, with or without `slot`.
 
     Returns:
         Logits float32 [B, V] for the next token, and the updated cache.
@@ -255,9 +256,10 @@ def decode_step(
     position_B1 = position_B[:, None]
     positions_BS = jax.lax.dynamic_update_slice(cache.positions_BS, position_B1, (0, slot))
     rope = _rope(config, position_B1, jnp.max(position_B) + 1)
-    row = Row(rope, valid_BS[:, None, :], position_B1, positions_BS, None, slot)
-    cache = cache._replace(positions_BS=positions_BS)
-    x_BTD, _, cache = _all_layers(config, weights, token_B[:, None], row, None, compute, cache)
+    seen_B1S = (valid_BS & (jnp.arange(valid_BS.shape[1]) != slot))[:, None, :]
+    row = Row(rope, seen_B1S, position_B1, positions_BS, None)
+    x_BTD, _, kept = _all_layers(config, weights, token_B[:, None], row, None, compute, cache, keep=True)
+    cache = cache._replace(positions_BS=positions_BS).write(kept, slot)
     return unembed(config, weights, _final_norm(config, weights, x_BTD[:, 0])), cache
 
 
@@ -282,18 +284,21 @@ def _all_layers(
     override: RoutingOverride | None,
     compute: Compute,
     cache: Cache | None = None,
-) -> tuple[jax.Array, jax.Array, Cache | None]:
-    """Embeds and runs every segment: hidden states before the final norm, router logits, the cache."""
+    keep: bool = False,
+) -> tuple[jax.Array, jax.Array, list[tuple[KeysValues, ...] | None]]:
+    """Embeds and runs every segment: hidden states before the final norm, router logits, keys and values (see
+    `run_segment`)."""
     x_BTD = _embed(config, weights, tokens_BT, compute)
     forced_LBTE = None if override is None else override.router_logits
-    router_logits = []
+    router_logits, kept = [], []
     for s, _ in enumerate(config.segments):
-        forced = forced_of(config, forced_LBTE, s)
-        x_BTD, logits_XBTE, cache = run_segment(
-            config, weights, s, x_BTD, row, compute, forced=forced, cache=cache
+        forced, seen = forced_of(config, forced_LBTE, s), None if cache is None else cache.segments[s]
+        x_BTD, logits_XBTE, new = run_segment(
+            config, weights, s, x_BTD, row, compute, forced=forced, cache=seen, keep=keep
         )
         router_logits.append(logits_XBTE)
-    return x_BTD, _stack(router_logits, config, tokens_BT), cache
+        kept.append(new)
+    return x_BTD, _stack(router_logits, config, tokens_BT), kept
 
 
 def _row(
@@ -319,7 +324,7 @@ def _row(
         longest = jnp.max(jnp.where(segment_ids > 0, positions, 0)) + 1
     mask_BTS = jnp.broadcast_to(mask_BTS, (*tokens_BT.shape, length))
     forced_BT = None if override is None else override.mask
-    return Row(_rope(config, positions, longest), mask_BTS, positions, positions, forced_BT, None)
+    return Row(_rope(config, positions, longest), mask_BTS, positions, positions, forced_BT)
 
 
 def _rope(config: ModelConfig, positions_BT: jax.Array, longest: jax.Array) -> Tables:

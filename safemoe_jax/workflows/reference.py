@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from safemoe_jax.checkpoints.reference import Reference, read_reference, write_reference
-from safemoe_jax.data.sources import SourceConfig
+from safemoe_jax.data.sources import Sample, SourceConfig
 from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation import readout
 from safemoe_jax.models.quantised import Quantisation
@@ -54,14 +57,14 @@ def extract_reference(config: ReferenceConfig) -> str:
     """
     _check_output(config.output)
     model = load_model(config.model, None, config)
-    samples, harmful = prompt_tokens(model, config.prompts)
-    _, benign = prompt_tokens(model, config.benign)
+    harmful_samples, harmful = prompt_tokens(model, config.prompts)
+    benign_samples, benign = prompt_tokens(model, config.benign)
     reference = readout.extract_reference(
         model,
         harmful,
         benign=benign,
         log_probs=config.log_probs,
-        system_prompt=samples[0].system or "",
+        system_prompt=_system_prompts([*harmful_samples, *benign_samples]),
         batch_size=config.batch_size,
         progress="reference",
     )
@@ -76,6 +79,11 @@ def extract_reference(config: ReferenceConfig) -> str:
     )
 
 
+def _system_prompts(samples: Sequence[Sample]) -> str:
+    """The system messages, each once."""
+    return "\n---\n".join(dict.fromkeys(sample.system for sample in samples if sample.system))
+
+
 def _check_output(output: str) -> None:
     if Path(output).suffix != ".safetensors":
         raise InputError("the output is no .safetensors file", where=output, expected="NAME.safetensors")
@@ -84,16 +92,20 @@ def _check_output(output: str) -> None:
 
 
 def _check_same(output: str, reference: Reference) -> None:
-    """Only the same recording may be written again over an older one."""
+    """Only the same recording, or one with log-probabilities besides, may take the place of an older one."""
     if not Path(output).exists():
         return
     before = read_reference(output)
-    if (before.prompts_hash, before.model_fingerprint) != (
-        reference.prompts_hash,
-        reference.model_fingerprint,
-    ):
+    same = ("model_fingerprint", "tokenizer_fingerprint", "prompts_hash", "system_prompt")
+    differing = [field for field in same if getattr(before, field) != getattr(reference, field)]
+    others = [field.replace("_", " ") for field in differing]
+    if not np.array_equal(before.group, reference.group):
+        others.append("groups of prompts")
+    if before.log_probs is not None and reference.log_probs is None:
+        others.append("log-probabilities, which would be lost")
+    if others:
         raise InputError(
-            "the output is there and records another model or other prompts",
+            f"the output is there and records something else: {', '.join(others)}",
             where=output,
             expected="another file name; nothing was changed",
         )

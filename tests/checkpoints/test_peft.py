@@ -112,6 +112,10 @@ def refused(references, adapter, *words, base="gqa_clip"):
         ("rank_pattern", {"q_proj": 2}),
         ("modules_to_save", ["lm_head"]),
         ("layers_to_transform", [0]),
+        ("alora_invocation_tokens", [5, 6]),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("an_option_of_tomorrow", {"x": 1}),
         ("r", 0),
         ("r", "8"),
         ("lora_alpha", None),
@@ -121,6 +125,20 @@ def test_unsupported_option(references, adapter, field, value):
     fields = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**fields, field: value}))
     refused(references, adapter, str(adapter / "adapter_config.json"), repr(value))
+
+
+@pytest.mark.parametrize("how", [True, False, "gaussian", "orthogonal", "eva", "mica"])
+def test_the_start_of_training_does_not_matter_where_it_leaves_the_base_alone(references, adapter, how):
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**fields, "init_lora_weights": how}))
+    load_adapter(adapter, load_pretrained(references / "gqa_clip").config)
+
+
+def test_a_pickled_adapter_is_refused_by_name(references, adapter):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    refused(
+        references, adapter, "is a pickle", str(adapter / "adapter_model.bin"), "adapter_model.safetensors"
+    )
 
 
 def test_tensors_that_do_not_fit(references, adapter, rewrite):

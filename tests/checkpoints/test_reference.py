@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from scipy.special import logsumexp
 
@@ -22,11 +24,13 @@ from safemoe_jax.checkpoints.reference import (
     tokenizer_fingerprint,
     write_reference,
 )
+from safemoe_jax.data.chat import load_tokenizer
 from safemoe_jax.errors import InputError
 from safemoe_jax.model import load_pretrained
 from safemoe_jax.models import LoraConfig
 from safemoe_jax.models.lora import add_adapters
 from safemoe_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.tiny_tokenizer import train_tokenizer
 
 PROMPTS = (np.array([4, 5, 6], np.int32), np.array([7], np.int32), np.array([8, 9], np.int32))
 
@@ -36,6 +40,7 @@ class Words:
 
     def __init__(self, words="abc", template="x"):
         self.vocabulary, self.chat_template = {word: i for i, word in enumerate(words)}, template
+        self.special_tokens_map = {"eos_token": words[0]}
 
     def get_vocab(self):
         return self.vocabulary
@@ -173,6 +178,47 @@ def test_refuses_what_it_was_not_made_for(references):
             check_matches(made, **arguments)
 
 
+@pytest.mark.parametrize("change", ["lowercase", "merges", "eos"])
+def test_every_part_of_a_tokenizer_counts(tmp_path, change):
+    """Not only its vocabulary: what it makes of a text may change without it."""
+    train_tokenizer(["Say one and two", "three or four"], tmp_path, vocab_size=300)
+    whole = tokenizer_fingerprint(load_tokenizer(str(tmp_path)))
+    assert tokenizer_fingerprint(load_tokenizer(str(tmp_path))) == whole
+    name = "tokenizer_config.json" if change == "eos" else "tokenizer.json"
+    fields = json.loads((tmp_path / name).read_text())
+    if change == "lowercase":
+        fields["normalizer"] = {"type": "Lowercase"}
+    elif change == "merges":
+        fields["model"]["merges"] = []
+    else:
+        fields["eos_token"] = "a"
+    (tmp_path / name).write_text(json.dumps(fields))
+    assert tokenizer_fingerprint(load_tokenizer(str(tmp_path))) != whole
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a, m: a.pop("group"), "without group"),
+        (lambda a, m: m.pop("model"), "without model"),
+        (lambda a, m: a.update(group=a["group"][:2]), "router_logits of 3 prompts"),
+        (lambda a, m: a.update(router_logits=a["router_logits"][:, :2].copy()), "router_logits of 2 prompts"),
+        (lambda a, m: a["router_logits"].__setitem__((0, 0, 0), np.nan), "NaN or infinite values"),
+        (lambda a, m: a.pop("log_prob_step"), "only a part of the log-probabilities"),
+        (lambda a, m: m.update(format="safemoe-reference-1"), "of another version"),
+    ],
+)
+def test_files_that_somebody_changed(tmp_path, change, words):
+    path = tmp_path / "r.safetensors"
+    write_reference(path, reference(log_probs=CompactLogProbs.encode(log_probs(3, 50))))
+    with safe_open(path, "numpy") as file:
+        arrays, metadata = load_file(path), file.metadata()
+    change(arrays, metadata)
+    save_file(arrays, path, metadata)
+    with pytest.raises(InputError, match=words):
+        read_reference(path)
+
+
 def test_unreadable_files(tmp_path, references):
     path = tmp_path / "r.safetensors"
     with pytest.raises(InputError, match="file not found"):
@@ -187,8 +233,6 @@ def test_unreadable_files(tmp_path, references):
     path.write_bytes(whole)
     arrays = load_file(path)
     arrays["prompt_tokens"] = arrays["prompt_tokens"] + 1
-    from safetensors import safe_open
-
     with safe_open(path, "numpy") as file:
         metadata = file.metadata()
     save_file(arrays, path, metadata)

@@ -26,6 +26,7 @@ from safemoe_jax.models import (
     prefill,
     routing_pass,
 )
+from safemoe_jax.models.kv_cache import Apart, Stacked
 from tests.models.numpy_decoder import decoder
 
 PLAIN = ModelConfig(
@@ -164,7 +165,13 @@ def test_packed_samples(config):
         start += n
 
 
-def test_prefill_and_decoding_steps(config):
+def stacked(place):
+    """The form of the cache that other platforms than a CPU have."""
+    return Stacked(*(jnp.concatenate(arrays) for arrays in zip(*place.layers, strict=True)))
+
+
+@pytest.mark.parametrize("kind", [Stacked, Apart])
+def test_prefill_and_decoding_steps(config, kind):
     """Rows of unequal prompt length; decoded tokens lie behind the padding, at their rows' own positions."""
     tokens, _, alone = rows(config)
     prompts, prompt, steps = np.array([6, 3]), 6, 4
@@ -175,6 +182,8 @@ def test_prefill_and_decoding_steps(config):
         config, weights, tokens[:, :prompt], mask, cache_length=slots.size
     )
     close(logits, np.stack([alone[row][0][n - 1] for row, n in enumerate(prompts)]))
+    if kind is Stacked:
+        state = state._replace(segments=tuple(tuple(map(stacked, places)) for places in state.segments))
     step = jax.jit(decode_step, static_argnums=0)
     for j in range(steps):
         valid = (slots < prompts[:, None]) | ((slots >= prompt) & (slots <= prompt + j))

@@ -89,8 +89,24 @@ def test_reference_keeps_what_records_something_else(place, tmp_path, capsys):
     before = file.read_bytes()
     assert run(*arguments, place / "aligned") == 0
     assert run(*arguments, place / "tuned") == 2
-    assert "another model" in capsys.readouterr().err
+    assert "something else: model fingerprint" in capsys.readouterr().err
     assert file.read_bytes() == before
+
+
+def test_reference_does_not_lose_groups_or_log_probabilities(place, tmp_path, capsys):
+    """The same prompts, all taken for harmful ones; then both groups, without what the first had besides."""
+    file, both = tmp_path / "reference.safetensors", tmp_path / "both.json"
+    rows = [json.loads((place / f"{name}.json").read_text()) for name in ("harmful", "benign")]
+    both.write_text(json.dumps(rows[0] + rows[1]))
+    start = ["reference", "--model", place / "aligned", "--output", file, "--prompts.path"]
+    groups = [place / "harmful.json", "--benign.path", place / "benign.json"]
+    assert run(*start, *groups) == 0
+    assert run(*start, *groups, "--log_probs", "true") == 0  # more than before is no loss
+    before = file.read_bytes()
+    for arguments, what in (([both, "--log_probs", "true"], "groups of prompts"), (groups, "would be lost")):
+        assert run(*start, *arguments) == 2
+        assert what in capsys.readouterr().err
+        assert file.read_bytes() == before
 
 
 def test_generate_writes_an_answer_for_each_prompt(place, tmp_path, capsys):
