@@ -88,7 +88,8 @@ def sql(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[Sco
     """Exact and included match after normalisation, and execution match on SQLite.
 
     ``execution`` runs both queries on synthetic rows in the tables that the prompt's CREATE statements
-    declare (:func:`safemoe_jax.evaluation.sql.execution_match`); None where the rows cannot decide.
+    declare (:func:`safemoe_jax.evaluation.sql.execution_match`); None where the rows cannot decide. The order
+    of rows counts where the reference asks for one.
     """
     references = reference_answers(samples)
     scores: dict[str, list[Score]] = {"exact": [], "included": [], "execution": []}
