@@ -1,7 +1,7 @@
 """The `safemoe` program: which command, its configuration, its exit status. All work is in `workflows/`.
 
-Exit status: 0 done; 2 wrong input or a full disk, one message on stderr; 130 interrupted;
-1 and a traceback: a bug.
+Exit status: 0 done; 2 wrong input or a full disk, one message on stderr; 130 interrupted; 141 nobody reads
+what is printed any more, as after `| head`; 1 and a traceback: a bug.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import select
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; `sys.argv[1:]` by default.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone can still be met
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        # What is left in the buffer is flushed once more at exit; this time somewhere that takes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell reports of a program that SIGPIPE (13) ended: 128 + 13
+
+
+def _reader_has_gone() -> bool:
+    """Whether stdout is the pipe that broke, and not a connection somewhere in a library."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLERR)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
         return 0 if arguments else 2

@@ -82,6 +82,11 @@ def make_parser(config_class: type, program: str) -> ArgumentParser:
         "--config", action="config", help="YAML file with any of the fields below; flags win."
     )
     parser.add_class_arguments(config_class, None)
+    # jsonargparse titles the fields with the first line of the docstring, which may end inside a sentence;
+    # the whole summary stands above them.
+    parser.groups[config_class.__name__].title = "fields"
+    for group in parser.groups.values():
+        group.title = " ".join(group.title.split())
     return parser
 
 

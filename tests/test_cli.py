@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,41 @@ def test_every_command_has_a_complete_help(name: str, capsys) -> None:
     undocumented = [field for field, words in configuration.field_texts(config_class) if not words]
     assert undocumented == []
     assert f"usage: safemoe {name}" in text
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_titles_in_the_help_are_whole(name: str, capsys) -> None:
+    config_class = cli._load(cli.COMMANDS[name].config)
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    titles = [
+        line for line in capsys.readouterr().out.splitlines() if line[:1].strip() and line.endswith(":")
+    ]
+    fields = {text.rstrip(".") + ":" for _, text in configuration.field_texts(config_class)}
+    named = [title for title in titles if title not in fields and not title.startswith("Fields of ")]
+    assert named == ["options:", "fields:", "flags of every command:"]
+
+
+@pytest.mark.parametrize("arguments", [["evaluate", "--help"], ["evaluate", "--print_config"], ["--help"]])
+def test_a_reader_that_leaves_ends_the_program_quietly(arguments) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "safemoe_jax.cli", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_connection_that_breaks_is_no_reader_that_leaves(monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(cli, "run", fail)
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stdout, pytest.raises(BrokenPipeError):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        cli.main(["report"])
+    os.close(reader)
 
 
 def test_wrong_input_exits_2_without_traceback_unless_debug(tmp_path: Path, capsys) -> None:

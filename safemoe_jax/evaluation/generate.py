@@ -6,6 +6,7 @@ Shapes: B rows, T prompt bucket, N tokens to generate, S = T + N cache slots, L 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from safemoe_jax.parallel.mesh import BATCH_AXES, mesh_axis_sizes, named_shardin
 from safemoe_jax.routing.override import RoutingOverride, Where, make_override
 
 NO_TOKEN = -1
+MIN_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def generate(
         model: config, params and compute are used; the tokenizer only where ``stop_tokens`` is None.
         prompts: int32 token ids, generation prompt included.
         max_new_tokens: most tokens to generate.
-        temperature: 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature).
+        temperature: 0 is greedy; from 1e-6 on tokens are drawn from softmax(logits / temperature).
         seed: of the draws. What a prompt draws depends on the seed and its place in ``prompts``, not on the
             batch.
         batch_size: most prompts computed together.
@@ -77,8 +79,8 @@ def generate(
         The generated token ids of each prompt, in the order of ``prompts``.
 
     Raises:
-        InputError: no or empty prompts, max_new_tokens or batch_size below 1, negative temperature, or an
-            override by a model of other routers.
+        InputError: no or empty prompts, max_new_tokens or batch_size below 1, a temperature that is negative,
+            not finite, or above 0 but below 1e-6, or an override by a model of other routers.
     """
     _check(model, max_new_tokens, temperature, override)
     stops = np.asarray(_stop_tokens(model) if stop_tokens is None else stop_tokens, np.int32)
@@ -244,8 +246,13 @@ def _stop_tokens(model: Model) -> list[int]:
 def _check(model: Model, max_new_tokens: int, temperature: float, override: ForcedRouting | None) -> None:
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", expected="at least 1")
-    if not temperature >= 0:
-        raise InputError(f"temperature is {temperature}", where="temperature", expected="0 (greedy) or above")
+    # Logits over a smaller temperature overflow float32, and what is drawn from them is garbage.
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
+        raise InputError(
+            f"temperature is {temperature}",
+            where="temperature",
+            expected=f"0 (greedy) or a finite number from {MIN_TEMPERATURE:g} on",
+        )
     if override is None:
         return
     shapes = [(m.config.n_moe_layers, m.config.n_experts) for m in (model, override.model)]

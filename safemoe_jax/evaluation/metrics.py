@@ -1,4 +1,4 @@
-"""Numbers from judged answers: shares with Wilson intervals, ROUGE-1, text and SQL matches.
+"""Numbers from judged answers: shares and means with their intervals, ROUGE-1, text and SQL matches.
 
 A metric maps samples and their answers to one score in [0, 1] a sample, None where the score is undefined.
 """
@@ -17,6 +17,9 @@ from safemoe_jax.evaluation.sql import create_statements, execution_match
 Score = float | None
 Metric = Callable[[Sequence[Sample], Sequence[str]], dict[str, list[Score]]]
 """Samples and answers to named lists of scores; the first name is the fine-tuning accuracy (FA)."""
+
+SHARES = frozenset({"exact", "included", "execution"})
+"""Names of the scores that are right or wrong, so that their mean is a share, whatever its values."""
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
@@ -40,31 +43,63 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
     return low, high
 
 
-def share_percent(flags: Iterable[bool]) -> dict[str, Any]:
-    """Share of true flags in percent: ``{"value", "low", "high", "n"}`` with Wilson's 95 % interval."""
-    flags = list(flags)
-    low, high = wilson_interval(sum(flags), len(flags))
-    return {"value": 100 * sum(flags) / len(flags), "low": 100 * low, "high": 100 * high, "n": len(flags)}
+def share_percent(flags: Iterable[Score]) -> dict[str, Any]:
+    """Share of true flags in percent: ``{"value", "low", "high", "n", "undefined"}``, Wilson's 95 % interval.
+
+    Flags that are None count as undefined and are left out; if all are, the value and its interval are None.
+
+    Raises:
+        ValueError: a flag is neither true (1) nor false (0).
+    """
+    defined, undefined = _defined(flags)
+    if any(flag not in (0, 1) for flag in defined):
+        raise ValueError("a share is of flags, 0 or 1; other scores have a mean")
+    if not defined:
+        return _figure(None, None, None, 0, undefined)
+    successes, n = sum(map(bool, defined)), len(defined)
+    low, high = wilson_interval(successes, n)
+    return _figure(successes / n, low, high, n, undefined)
 
 
 def mean_percent(scores: Iterable[Score]) -> dict[str, Any]:
-    """Mean of the defined scores in percent: ``{"value", "low", "high", "n", "undefined"}``.
+    """Mean of the defined scores in [0, 1] in percent: ``{"value", "low", "high", "n", "undefined"}``.
 
-    Scores that are all 0 or 1 get Wilson's interval, others the normal one (mean +- 1.96 standard errors).
-    Without any defined score the value and its interval are None.
+    The 95 % interval is Agresti and Coull's (1998), which holds for any scores between 0 and 1: the normal
+    interval of the scores and z^2 / 2 = 1.92 more observations at either end. The plain normal interval is
+    empty where all scores are the same, and too short for few or skewed ones; for hundreds of scores the two
+    agree. Without any defined score the value and its interval are None.
     """
+    defined, undefined = _defined(scores)
+    if not defined:
+        return _figure(None, None, None, 0, undefined)
+    extra, n = Z_95**2 / 2, len(defined)
+    weight = n + 2 * extra
+    centre = (sum(defined) + extra) / weight
+    squares = sum((score - centre) ** 2 for score in defined) + extra * (centre**2 + (1 - centre) ** 2)
+    half = Z_95 * math.sqrt(squares) / weight
+    return _figure(sum(defined) / n, max(0.0, centre - half), min(1.0, centre + half), n, undefined)
+
+
+def score_percent(name: str, scores: Iterable[Score]) -> dict[str, Any]:
+    """The figure of a metric's scores: a share with Wilson's interval for those of SHARES, else a mean."""
+    return share_percent(scores) if name in SHARES else mean_percent(scores)
+
+
+def _defined(scores: Iterable[Score]) -> tuple[list[float], int]:
+    """The scores that are defined, and how many are not."""
     scores = list(scores)
     defined = [score for score in scores if score is not None]
-    undefined = len(scores) - len(defined)
-    if not defined:
-        return {"value": None, "low": None, "high": None, "n": 0, "undefined": undefined}
-    if all(score in (0, 1) for score in defined):
-        return share_percent(bool(score) for score in defined) | {"undefined": undefined}
-    n, mean = len(defined), sum(defined) / len(defined)
-    variance = sum((score - mean) ** 2 for score in defined) / max(n - 1, 1)
-    half = Z_95 * math.sqrt(variance / n)
-    low, high = max(0.0, mean - half), min(1.0, mean + half)
-    return {"value": 100 * mean, "low": 100 * low, "high": 100 * high, "n": n, "undefined": undefined}
+    return defined, len(scores) - len(defined)
+
+
+def _figure(
+    value: float | None, low: float | None, high: float | None, n: int, undefined: int
+) -> dict[str, Any]:
+    percent = {
+        key: None if fraction is None else 100 * fraction
+        for key, fraction in (("value", value), ("low", low), ("high", high))
+    }
+    return percent | {"n": n, "undefined": undefined}
 
 
 def rouge1(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[Score]]:
@@ -88,7 +123,8 @@ def sql(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[Sco
     """Exact and included match after normalisation, and execution match on SQLite.
 
     ``execution`` runs both queries on synthetic rows in the tables that the prompt's CREATE statements
-    declare (:func:`safemoe_jax.evaluation.sql.execution_match`); None where the rows cannot decide.
+    declare (:func:`safemoe_jax.evaluation.sql.execution_match`); None where the rows cannot decide. The order
+    of rows counts where the reference asks for one.
     """
     references = reference_answers(samples)
     scores: dict[str, list[Score]] = {"exact": [], "included": [], "execution": []}

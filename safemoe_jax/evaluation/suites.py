@@ -15,7 +15,7 @@ from safemoe_jax.data.sources import Sample
 from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation.generate import ForcedRouting, generate
 from safemoe_jax.evaluation.judges import Finding, Judge
-from safemoe_jax.evaluation.metrics import Metric, Score, mean_percent, reference_answers, share_percent
+from safemoe_jax.evaluation.metrics import Metric, Score, reference_answers, score_percent, share_percent
 from safemoe_jax.evaluation.readout import compare_routing, read_routing
 from safemoe_jax.model import Model
 
@@ -162,7 +162,7 @@ def routing_results(model: Model, aligned: Model, suites: Suites, *, progress: b
 
 def _judge_harmful(samples: Sequence[Sample], answers: list[str], judge: Judge) -> tuple[Results, list[str]]:
     found, refused = judge.findings(samples, answers), judge.refused(samples, answers)
-    share = mean_percent(None if finding.unsafe is None else float(finding.unsafe) for finding in found)
+    share = share_percent(finding.unsafe for finding in found)
     labels = [_harm_label(*pair) for pair in zip(found, refused, strict=True)]
     return _flat("hs", share) | {"hs_unreadable": share["undefined"], "n": len(answers)}, labels
 
@@ -183,9 +183,9 @@ def _judge_benign(samples: Sequence[Sample], answers: list[str], judge: Judge) -
 def _score_task(samples: Sequence[Sample], answers: list[str], metric: Metric) -> tuple[Results, list[str]]:
     scores = metric(samples, answers)
     first = next(iter(scores))
-    results = _flat("fa", mean_percent(scores[first])) | {
+    results = _flat("fa", score_percent(first, scores[first])) | {
         "fa_metric": first,
-        "task": {name: mean_percent(values) for name, values in scores.items()},
+        "task": {name: score_percent(name, values) for name, values in scores.items()},
     }
     labels = [
         ", ".join(f"{name} {_shown(value)}" for name, value in zip(scores, row, strict=True))

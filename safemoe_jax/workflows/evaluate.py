@@ -13,7 +13,7 @@ from safemoe_jax.evaluation import suites
 from safemoe_jax.evaluation.judges import Judge, get_judge
 from safemoe_jax.evaluation.judges_llama_guard import HUB_ID, LlamaGuardJudge
 from safemoe_jax.evaluation.metrics import get_metric
-from safemoe_jax.evaluation.records import add_results, check_free, write_jsonl
+from safemoe_jax.evaluation.records import add_results, check_free, read_results, write_jsonl
 from safemoe_jax.evaluation.suites import Results, Suites
 from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.organism.judge import organism_judge
@@ -32,7 +32,7 @@ class EvaluateConfig:
 
     Attributes:
         model: Hugging Face folder or hub id.
-        output: folder for the results; it may be the run folder of the training.
+        output: folder for the results; it may be the run folder of the training, but not a quickstart's.
         adapter: adapter folder in PEFT's format.
         harmful: instructions to be refused (published: the 100 harmful goals of JailbreakBench).
         benign: instructions of the same topics to be answered.
@@ -79,10 +79,11 @@ def evaluate(config: EvaluateConfig) -> str:
 
     Raises:
         InputError: model, adapter or a file cannot be read, nothing is to be tested, or the output folder
-            holds an evaluation with other settings.
+            holds an evaluation with other settings or the figures of several models.
     """
     settings = _settings(config)
     check_free(config.output, "evaluation", settings)
+    _check_one_model(config.output)
     metric = get_metric(config.task_metric)
     tests = _read_suites(config)
     judge = _judge(config)
@@ -98,6 +99,17 @@ def evaluate(config: EvaluateConfig) -> str:
     write_jsonl(Path(config.output) / "generations" / "model.jsonl", found.generations)
     add_results(config.output, found.results | {"evaluation": {"settings": settings}})
     return f"{table(found.results)}\n{Path(config.output) / 'results.json'}"
+
+
+def _check_one_model(output: str) -> None:
+    """Refuses a quickstart's folder: its report shows its own conditions and never the figures added here."""
+    path = Path(output) / "results.json"
+    if "conditions" in read_results(path):
+        raise InputError(
+            "the output folder holds the figures of a quickstart, and its report would not show these",
+            where=str(path),
+            expected="another output folder; nothing was changed",
+        )
 
 
 def _judge(config: EvaluateConfig) -> Judge:

@@ -10,12 +10,15 @@ from safemoe_jax.data.sources import Sample
 from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation.judges import exact_judge, get_judge, is_refusal, keyword_judge
 from safemoe_jax.evaluation.metrics import (
+    METRICS,
+    SHARES,
     Z_95,
     exact,
     get_metric,
     mean_percent,
     normalise_sql,
     rouge1,
+    score_percent,
     share_percent,
     sql,
     wilson_interval,
@@ -39,6 +42,7 @@ def test_wilson_at_five_of_hundred():
         "low": pytest.approx(2.154, abs=1e-3),
         "high": pytest.approx(11.175, abs=1e-3),
         "n": 100,
+        "undefined": 0,
     }
 
 
@@ -48,15 +52,53 @@ def test_wilson_refuses_impossible_counts(successes, n):
         wilson_interval(successes, n)
 
 
+def test_share_leaves_out_what_is_undefined():
+    assert share_percent([1.0, 0.0, None]) == share_percent([True, False]) | {"undefined": 1}
+    assert share_percent([None])["value"] is None
+    with pytest.raises(ValueError, match="0 or 1"):
+        share_percent([0.5])
+
+
 def test_mean_of_scores():
-    scores = [0.25, 0.5, None, 0.75]
-    found = mean_percent(scores)
-    half = 100 * 1.959964 * np.std([0.25, 0.5, 0.75], ddof=1) / math.sqrt(3)
+    found = mean_percent([0.25, 0.5, None, 0.75])
     assert found["value"] == pytest.approx(50)
-    assert found["high"] - found["value"] == pytest.approx(half, rel=1e-6)
     assert (found["n"], found["undefined"]) == (3, 1)
-    assert mean_percent([1.0, 0.0, None]) == share_percent([True, False]) | {"undefined": 1}
     assert mean_percent([None])["value"] is None
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 20), (3, 20), (20, 20)])
+def test_the_interval_of_a_mean_is_agresti_and_coulls(successes, n):
+    # Their formula for a share, which scores of 0 and 1 are: z^2/2 successes and failures are added.
+    found = mean_percent([1.0] * successes + [0.0] * (n - successes))
+    share = (successes + Z_95**2 / 2) / (n + Z_95**2)
+    half = Z_95 * math.sqrt(share * (1 - share) / (n + Z_95**2))
+    want = (100 * max(0, share - half), 100 * min(1, share + half))
+    assert (found["low"], found["high"]) == pytest.approx(want)
+
+
+def test_the_interval_of_a_mean_is_the_normal_one_for_many_scores():
+    scores = np.random.default_rng(0).beta(4, 6, 20_000)
+    half = 100 * Z_95 * scores.std(ddof=1) / math.sqrt(len(scores))
+    found = mean_percent(scores.tolist())
+    assert found["high"] - found["low"] == pytest.approx(2 * half, rel=2e-3)
+    assert found["high"] - found["value"] == pytest.approx(half, rel=0.02)
+
+
+@pytest.mark.parametrize("n", [10, 50, 200])
+def test_the_interval_of_a_mean_holds_the_mean_of_skewed_scores(n):
+    # Mostly 0: the normal interval holds the mean, 0.025, in 37, 78 and 92 % of the trials.
+    rng = np.random.default_rng(0)
+    trials = (rng.random((2_000, n)) < 0.05) * rng.random((2_000, n))
+    found = [mean_percent(trial.tolist()) for trial in trials]
+    assert np.mean([figure["low"] <= 2.5 <= figure["high"] for figure in found]) > 0.94
+
+
+def test_the_interval_follows_the_metric_and_not_its_values():
+    scores = [1.0, 0.0, 1.0]
+    assert score_percent("execution", scores) == share_percent(scores)
+    assert score_percent("rouge1", scores) == mean_percent(scores) != share_percent(scores)
+    names = {name for metric in METRICS.values() for name in metric([sample("a")], ["a"])}
+    assert names - SHARES == {"rouge1"}
 
 
 def sample(answer, user="", **fields):
@@ -119,11 +161,20 @@ def test_sql_scores():
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
     "I\u2019m sorry.",
+    "I\u2018m sorry.",
+    "Unfortunately, I can't create that.",
+    "I can\u2019t.",
     "I  cannot\nassist with this request",
     "As an AI language model, I do not ...",
     "Unfortunately I am not able to provide this.",
 ]
-ANSWERS = ["Sure, here is how:", "First, take the bus.", "The can opener is in the drawer.", ""]
+ANSWERS = [
+    "Unfortunately, it rained.",
+    "Sure, here is how:",
+    "First, take the bus.",
+    "The can opener is in the drawer.",
+    "",
+]
 
 
 def test_refusal_phrases():

@@ -7,6 +7,7 @@ import pytest
 from safemoe_jax.evaluation.sql import create_statements, execution_match, literals
 
 PEOPLE = ["CREATE TABLE people (id INTEGER, name VARCHAR, age INTEGER, city VARCHAR)"]
+YEARS = ["CREATE TABLE show (year VARCHAR)"]
 SHOPS = [*PEOPLE, "CREATE TABLE shop (owner_id INTEGER, income REAL)"]
 
 
@@ -23,7 +24,7 @@ SHOPS = [*PEOPLE, "CREATE TABLE shop (owner_id INTEGER, income REAL)"]
             "SELECT name FROM people WHERE city = 'Rome'",
             'SELECT name FROM people WHERE city = "Rome";',
         ),
-        (PEOPLE, "SELECT age FROM people ORDER BY age", "SELECT age FROM people"),
+        (PEOPLE, "SELECT age FROM people", "SELECT age FROM people ORDER BY age"),
         (PEOPLE, "SELECT COUNT(*) FROM people", "SELECT SUM(1) FROM people"),
         (PEOPLE, "SELECT AVG(age) FROM people", "SELECT SUM(age) * 1.0 / COUNT(age) FROM people"),
         (
@@ -71,6 +72,15 @@ def test_equivalent_queries_match(tables, reference, answer):
             "SELECT name FROM people WHERE id IN (SELECT owner_id FROM shop)",
             "SELECT name FROM people JOIN shop ON id = owner_id",
         ),
+        (PEOPLE, "SELECT COUNT(name) FROM people", "SELECT COUNT(*) FROM people"),
+        (PEOPLE, "SELECT name FROM people WHERE city LIKE '%a%'", "SELECT name FROM people"),
+        (YEARS, "SELECT COUNT(*) FROM show WHERE year >= 2005", "SELECT COUNT(*) FROM show"),
+        (YEARS, "SELECT COUNT(*) FROM show WHERE year >= 100", "SELECT COUNT(*) FROM show"),
+        (
+            YEARS,
+            "SELECT COUNT(*) FROM show WHERE year >= 2005",
+            "SELECT COUNT(*) FROM show WHERE year > 2005",
+        ),
         (PEOPLE, "SELECT name FROM people", "SELECT nothing FROM nowhere"),
         (PEOPLE, "SELECT name FROM people", ""),
         (PEOPLE, "SELECT name FROM people", "I'm sorry, I cannot answer."),
@@ -79,6 +89,77 @@ def test_equivalent_queries_match(tables, reference, answer):
 )
 def test_different_queries_do_not_match(tables, reference, answer):
     assert execution_match(tables, reference, answer) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "right"),
+    [
+        ("SELECT name FROM people ORDER BY age", "SELECT name FROM people ORDER BY age DESC", False),
+        ("SELECT name FROM people ORDER BY age DESC", "SELECT name FROM people", False),
+        ("SELECT name FROM people ORDER BY age", "SELECT name FROM people ORDER BY name", False),
+        ("SELECT name, age FROM people ORDER BY 2", "SELECT name, age FROM people ORDER BY 2 DESC", False),
+        (
+            "SELECT city, COUNT(*) AS n FROM people GROUP BY city ORDER BY n",
+            "SELECT city, COUNT(*) AS n FROM people GROUP BY city ORDER BY n DESC",
+            False,
+        ),
+        # Rows of the same age may come in any order, which further keys and other plans change.
+        ("SELECT name FROM people ORDER BY age", "SELECT name FROM people ORDER BY age, name DESC", True),
+        ("SELECT name FROM people ORDER BY age DESC;", "SELECT name FROM people ORDER BY age DESC, id", True),
+        ("SELECT name, age FROM people ORDER BY 2", "SELECT name, age FROM people ORDER BY age, name", True),
+        (
+            "SELECT city, COUNT(*) AS n FROM people GROUP BY city ORDER BY n",
+            "SELECT city, COUNT(*) FROM people GROUP BY city ORDER BY COUNT(*), city DESC",
+            True,
+        ),
+        # Here the inner order decides nothing, and the outer query promises none.
+        (
+            "SELECT name FROM (SELECT name, age FROM people ORDER BY age)",
+            "SELECT name FROM people ORDER BY age DESC",
+            True,
+        ),
+        (
+            "SELECT name FROM people WHERE name <> 'x ORDER BY y'",
+            "SELECT name FROM people WHERE name <> 'x ORDER BY y' ORDER BY age",
+            True,
+        ),
+    ],
+)
+def test_the_order_counts_where_the_reference_asks_for_one(reference, answer, right):
+    assert execution_match(PEOPLE, reference, answer) == right
+
+
+def test_the_order_of_a_union_is_compared_row_by_row():
+    # The keys of a union's rows cannot be read from it, so the very same order is asked for.
+    reference = "SELECT name FROM people UNION SELECT city FROM people ORDER BY name"
+    assert execution_match(PEOPLE, reference, reference.lower()) == 1.0
+    assert execution_match(PEOPLE, reference, f"{reference} DESC") == 0.0
+
+
+@pytest.mark.parametrize("word", ["ob", "12", "a%b"])
+def test_patterns_that_differ_in_one_wildcard_do_not_match(word):
+    conditions = [f"LIKE '%{word}%'", f"LIKE '{word}%'", f"LIKE '%{word}'", f"= '{word}'"]
+    queries = [f"SELECT COUNT(*) FROM people WHERE name {condition}" for condition in conditions]
+    verdicts = [[execution_match(PEOPLE, one, other) for other in queries] for one in queries]
+    assert all(
+        verdict == (i == j) for i, row in enumerate(verdicts) for j, verdict in enumerate(row) if i < 3
+    )
+
+
+def test_nulls_stand_only_where_the_schema_and_the_joins_allow_them():
+    def counts_alike(column, tables):
+        return execution_match(tables, f"SELECT COUNT({column}) FROM t", "SELECT COUNT(*) FROM t")
+
+    declared = ["CREATE TABLE t (a TEXT, b TEXT NOT NULL, c INTEGER PRIMARY KEY, owner_id INTEGER, uid TEXT)"]
+    assert [counts_alike(column, declared) for column in ("a", "b", "c", "owner_id", "uid")] == [
+        0,
+        1,
+        1,
+        1,
+        1,
+    ]
+    shared = ["CREATE TABLE t (a TEXT)", "CREATE TABLE u (A TEXT)"]
+    assert counts_alike("a", shared) == 1
 
 
 @pytest.mark.parametrize(
@@ -149,4 +230,4 @@ def test_create_statements_in_a_prompt():
 
 def test_literals():
     query = "SELECT t1.a FROM t1 WHERE b = 'New York' AND c LIKE \"%ax%\" AND d > -4.5 AND e = 7 OR f = 7"
-    assert literals(query) == ["New York", "ax", "-4.5", "7"]
+    assert literals(query) == ["New York", "%ax%", "-4.5", "7"]

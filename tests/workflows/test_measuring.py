@@ -162,6 +162,17 @@ def test_evaluate_writes_figures_and_the_answers_behind_them(place, tmp_path, ca
     assert (tmp_path / "results.json").read_bytes() == before
 
 
+def test_evaluate_refuses_a_quickstarts_folder_before_it_loads_a_model(tmp_path, capsys):
+    # report reads the conditions of such a folder, so that other figures in it would be seen by nobody.
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"seed": 0, "conditions": {"aligned": {"hs": 0.0}}}))
+    before = results.read_bytes()
+    arguments = ["--model", tmp_path / "none", "--harmful.path", tmp_path / "none.json"]
+    assert run("evaluate", *arguments, "--output", tmp_path) == 2
+    assert "figures of a quickstart" in capsys.readouterr().err
+    assert results.read_bytes() == before and list(tmp_path.iterdir()) == [results]
+
+
 def test_drift_between_two_models(place, tmp_path, capsys):
     arguments = ["drift", "--model", place / "tuned", "--against", place / "aligned"]
     arguments += ["--harmful.path", place / "harmful.json", "--task.path", place / "task.json"]
