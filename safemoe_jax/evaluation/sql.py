@@ -231,8 +231,8 @@ def _multiset(rows: Sequence[Row], places: Sequence[int]) -> Counter[Row]:
 def _ordering_keys(connection: sqlite3.Connection, query: str, found: Outcome) -> list[Row]:
     """The ordering key of each row, read from the same query with the key's terms as further columns.
 
-    Where such a query cannot be written (a union, or a key that DISTINCT would notice) each row has a key of
-    its own, so that only the very same order is right.
+    Where such a query cannot be written (an expression in a union, or one that DISTINCT would notice) each
+    row has a key of its own, so that only the very same order is right.
     """
     width, terms = len(found.columns), _ordering_terms(query)
     # Numbers and names of columns that the query returns are not expressions: they cannot be asked for again.
@@ -240,7 +240,9 @@ def _ordering_keys(connection: sqlite3.Connection, query: str, found: Outcome) -
     added = [term for term in terms if inside[term] is None]
     own_keys: list[Row] = [(place,) for place in range(len(found.rows))]
     keyed = _run(connection, _with_columns(query, added)) if added else found
-    if keyed is None or [row[:width] for row in keyed.rows] != found.rows:
+    if keyed is None or len(keyed.columns) != width + len(added):
+        return own_keys
+    if [row[:width] for row in keyed.rows] != found.rows:
         return own_keys
     shown = [place for place in inside.values() if place is not None]
     return [tuple(row[place] for place in shown) + row[width:] for row in keyed.rows]

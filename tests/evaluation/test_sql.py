@@ -129,10 +129,16 @@ def test_the_order_counts_where_the_reference_asks_for_one(reference, answer, ri
     assert execution_match(PEOPLE, reference, answer) == right
 
 
-def test_the_order_of_a_union_is_compared_row_by_row():
-    # The keys of a union's rows cannot be read from it, so the very same order is asked for.
-    reference = "SELECT name FROM people UNION SELECT city FROM people ORDER BY name"
-    assert execution_match(PEOPLE, reference, reference.lower()) == 1.0
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "SELECT name FROM people UNION SELECT city FROM people ORDER BY name",
+        "SELECT 1 UNION SELECT age FROM people ORDER BY 1",
+        "SELECT DISTINCT name FROM people ORDER BY LENGTH(name)",
+    ],
+)
+def test_the_order_counts_in_a_union_and_with_distinct(reference):
+    assert execution_match(PEOPLE, reference, f"{reference} ") == 1.0
     assert execution_match(PEOPLE, reference, f"{reference} DESC") == 0.0
 
 
