@@ -3,9 +3,11 @@ model/."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import jax
 import yaml
 
 from safemoe_jax.checkpoints.atomic import new_file
+from safemoe_jax.checkpoints.huggingface import list_checkpoint
+from safemoe_jax.checkpoints.safetensors_files import list_tensors
 from safemoe_jax.errors import InputError
 from safemoe_jax.training.config import TrainConfig, identity, to_dict
 
@@ -61,6 +65,36 @@ def check_folder(config: TrainConfig) -> None:
         )
 
 
+_INPUTS = {
+    "model": ("the model's weights are not those", "unchanged weights in the model folder"),
+    "references": ("the reference files are not those", "the unchanged reference files"),
+    "data": ("the training data are not those", "unchanged data files and tokenizer"),
+}
+
+
+def check_inputs(config: TrainConfig, inputs: Mapping[str, Any]) -> None:
+    """Refuses to continue a run whose files hold something else now, under the same paths. Nothing is
+    written.
+
+    Args:
+        config: the run's configuration.
+        inputs: what the files hold: fingerprints of "model", "references" and "data". What environment.json
+            does not record (it is older) is not compared.
+
+    Raises:
+        InputError: says which of them has changed; or environment.json is damaged.
+    """
+    path = Path(config.output) / "environment.json"
+    recorded = read_json(path)
+    for name, (changed, right) in _INPUTS.items():
+        if name in recorded and recorded[name] != inputs[name]:
+            raise InputError(
+                f"{changed} that this run began with",
+                where=f"{path}, field {name}",
+                expected=f"{right}, or a new output folder; nothing was changed",
+            )
+
+
 def open_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
     """Makes the folder, with the resolved configuration and what the run depends on besides.
 
@@ -84,8 +118,56 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def add_results(path: Path, name: str, value: dict[str, Any]) -> None:
     """Puts one section into results.json and keeps the others."""
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, results | {name: value})
+    write_json(path, read_json(path) | {name: value})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of the run folder; {} where there is no file.
+
+    Raises:
+        InputError: the file is not a JSON object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, "JSON") from error
+    if not isinstance(value, dict):
+        raise _damaged(path, "JSON")
+    return value
+
+
+def _damaged(path: Path, language: str) -> InputError:
+    return InputError(
+        f"a file of the run folder is damaged: not {language}, or not a mapping",
+        where=str(path),
+        expected="the file that the run wrote; nothing was changed",
+    )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder with an adapter or a model has its config and all its weights, each file as long as
+    its header says."""
+    config, tensors_of = _SAVED[folder.name]
+    try:
+        return (folder / config).is_file() and bool(tensors_of(folder))
+    except InputError:
+        return False
+
+
+_SAVED = {
+    "adapter": ("adapter_config.json", lambda folder: list_tensors(folder / "adapter_model.safetensors")),
+    "model": ("config.json", list_checkpoint),
+}
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a folder to a name that is free, and returns it: what is in there is not lost."""
+    names = (folder.with_name(f"{folder.name}-incomplete-{i}") for i in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    folder.rename(aside)
+    return aside
 
 
 def environment() -> dict[str, Any]:

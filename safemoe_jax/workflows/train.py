@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from safemoe_jax import defenses
@@ -42,9 +44,17 @@ from safemoe_jax.models.transformer import declare
 from safemoe_jax.parallel.mesh import BATCH_AXES, make_mesh, mesh_axis_sizes
 from safemoe_jax.training.config import TrainConfig, to_dict, validate
 from safemoe_jax.training.hooks import Defence
-from safemoe_jax.training.loop import Plan, Start, prepare, resume, train
+from safemoe_jax.training.loop import Plan, Start, check_passes, prepare, resume, train
 from safemoe_jax.training.metrics import Sink, jsonl_sink, progress_sink, tensorboard_sink, wandb_sink
-from safemoe_jax.training.run_folder import add_results, check_folder, open_folder
+from safemoe_jax.training.run_folder import (
+    add_results,
+    check_folder,
+    check_inputs,
+    is_whole,
+    open_folder,
+    read_json,
+    set_aside,
+)
 from safemoe_jax.training.state import TrainState
 from safemoe_jax.training.step import n_compiled
 
@@ -60,7 +70,8 @@ class RunResult:
     Attributes:
         run_dir: the run folder.
         model: the fine-tuned model, adapters not merged.
-        summary: the "training" section of results.json.
+        summary: the "training" section of results.json; `resumed_at` is where this call began, so for a run
+            that was finished before it is the number of its task steps.
     """
 
     run_dir: Path
@@ -103,7 +114,7 @@ def finetune(config: TrainConfig, *, model: Model | None = None, on_step: Sequen
     held = describe_base(base.config, base.params)
     if held is not None:
         say(config, held)
-    folder = open_folder(plan.config, {"data": plan.pipeline.fingerprint, "data_report": report})
+    folder = open_folder(plan.config, {**plan.inputs, "data_report": report})
     release = (lambda: None) if model is not None else (lambda: _delete(plan.weights.trainable))
     return _run(plan, base, folder, report, on_step, release)
 
@@ -128,8 +139,19 @@ def plan_run(config: TrainConfig, model: Model | None = None) -> tuple[Plan, Mod
     mesh = make_mesh(config.mesh)
     base = _base_model(config, model, mesh)
     check_mesh(base.config, mesh)
-    plan, report = _plan(config, base, mesh, _references(config, base, mesh))
-    return plan, base, report
+    weights = fingerprint(base.config, base.params)
+    references = _references(config, base, weights, mesh)
+    plan, report = _plan(config, base, mesh, references)
+    check_passes(plan)
+    # Random weights come from the network and the seed alone; another device may round them differently.
+    drawn = config.initialise == "random" and model is None
+    inputs = {
+        "model": fingerprint(base.config, {}) if drawn else weights,
+        "references": [_hash_reference(reference) for reference in references],
+        "data": plan.pipeline.fingerprint,
+    }
+    check_inputs(config, inputs)
+    return dataclasses.replace(plan, inputs=inputs), base, report
 
 
 def _with_quantisation(config: TrainConfig, model: Model | None) -> TrainConfig:
@@ -193,32 +215,35 @@ def _run(
         release()
         began, compiled_before = time.perf_counter(), n_compiled()
         programs = prepare(plan, start.state)
-        compile_seconds = time.perf_counter() - began
+        start.totals.compile_seconds += time.perf_counter() - began
         with _sinks(plan, folder, start) as sinks:
-            state, outcome = train(plan, programs, start, sinks, checkpoints, callbacks)
+            state, steps = train(plan, programs, start, sinks, checkpoints, callbacks)
     final = _finished(plan, model_of(state))
     saved = _save(final, config, folder)
-    task_steps = plan.pipeline.total_steps
-    losses = outcome["losses"]
-    summary = {
-        "task_steps": task_steps,
-        "routing_steps": outcome["steps"] - task_steps,
-        "first_loss": losses[0] if losses else None,
-        "final_loss": losses[-1] if losses else None,
-        "seconds": outcome["seconds"],
-        "compile_seconds": compile_seconds,
-        "compilations": n_compiled() - compiled_before,
-        "tokens": outcome["tokens"],
-        "tokens_per_second": outcome["tokens"] / max(outcome["seconds"], 1e-9),
-        "resumed_at": start.task_step,
-        "trainable": describe(plan.model_config),
-        "defence": {"name": plan.defence.name, **plan.defence.notes},
-        "data": report,
-        "saved": saved,
-    }
+    before = read_json(folder / "results.json").get("training")
+    if before is not None and start.task_step == plan.pipeline.total_steps:
+        # No step was done: the figures are those of the run that did them.
+        return RunResult(folder, final, {**before, "saved": saved, "resumed_at": start.task_step})
+    compilations = n_compiled() - compiled_before
+    summary = _summary(plan, start, steps, compilations) | {"data": report, "saved": saved}
     if jax.process_index() == 0:
         add_results(folder / "results.json", "training", summary)
     return RunResult(folder, final, summary)
+
+
+def _summary(plan: Plan, start: Start, steps: int, compilations: int) -> dict[str, Any]:
+    """The run's figures, those of its earlier parts included; compilations are this part's."""
+    task_steps, totals = plan.pipeline.total_steps, start.totals
+    return {
+        "task_steps": task_steps,
+        "routing_steps": steps - task_steps,
+        **dataclasses.asdict(totals),
+        "compilations": compilations,
+        "tokens_per_second": totals.tokens / max(totals.seconds, 1e-9),
+        "resumed_at": start.task_step,
+        "trainable": describe(plan.model_config),
+        "defence": {"name": plan.defence.name, **plan.defence.notes},
+    }
 
 
 def _base_model(config: TrainConfig, model: Model | None, mesh: Mesh) -> Model:
@@ -255,15 +280,14 @@ def _rounded(model: Model, quantisation: Quantisation | None, mesh: Mesh) -> tup
     return quantise_params(model.config, model.params, quantisation)
 
 
-def _references(config: TrainConfig, base: Model, mesh: Mesh) -> tuple[Reference, ...]:
-    """The reference files, checked. For a quantised base one of the same weights in floats is right too: it
-    says how the aligned model itself routes."""
+def _references(config: TrainConfig, base: Model, current: str, mesh: Mesh) -> tuple[Reference, ...]:
+    """The reference files, checked against the model's fingerprint. For a quantised base one of the same
+    weights in floats is right too: it says how the aligned model itself routes."""
     defence = config.defence
     paths = [path for path in (defence.reference, defence.benign_reference) if path is not None]
     if defence.name == "none" or not paths:
         return ()
     references = tuple(read_reference(path) for path in paths)
-    current = fingerprint(base.config, base.params)
     if base.config.quantisation is not None and any(r.model_fingerprint != current for r in references):
         floats = fingerprint_folder(find_folder(config.model), base.config, mesh)
     else:
@@ -274,6 +298,17 @@ def _references(config: TrainConfig, base: Model, mesh: Mesh) -> tuple[Reference
             reference, config=base.config, model_fingerprint=made_of, tokenizer=base.tokenizer, where=path
         )
     return references
+
+
+def _hash_reference(reference: Reference) -> str:
+    """SHA-256 over what a defence takes from a reference."""
+    arrays = [reference.group, reference.router_logits]
+    if reference.log_probs is not None:
+        arrays += [getattr(reference.log_probs, f.name) for f in dataclasses.fields(reference.log_probs)]
+    digest = hashlib.sha256(reference.prompts_hash.encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _plan(
@@ -377,13 +412,16 @@ def _finished(plan: Plan, model: Model) -> Model:
 
 
 def _save(model: Model, config: TrainConfig, folder: Path) -> str:
-    """Writes the adapter, or the whole model; one that is there is whole and came from the same
-    configuration."""
+    """Writes the adapter, or the whole model. One that is there and whole came from the same configuration
+    and the same files (`check_inputs`); one that is not whole is set aside."""
     if model.config.lora is not None:
         name, save = "adapter", model.save_adapter
     else:
         params = cast(model.params, config.dtype)
         name, save = "model", dataclasses.replace(model, params=params).save_pretrained
+    if (folder / name).exists() and not is_whole(folder / name):
+        aside = set_aside(folder / name) if jax.process_index() == 0 else None
+        say(config, f"{folder / name} lacks files, or parts of them; it was renamed to {aside}")
     if not (folder / name).exists():
         save(folder / name)
     return name
