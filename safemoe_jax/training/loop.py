@@ -42,6 +42,7 @@ from safemoe_jax.training.step import (
     place_batch,
 )
 
+_PROGRESS = ("step", "task_step", "data", "iterator")
 LAG = 2
 """Steps whose metrics may be on their way while the next one is started."""
 
@@ -163,13 +164,13 @@ def resume(plan: Plan, checkpoints: TrainCheckpoints | None) -> Start:
     """The newest checkpoint's state, or the initial one.
 
     Raises:
-        InputError: the checkpoint's data were others than the plan's.
+        InputError: the checkpoint's data were others than the plan's, or it is damaged.
     """
     placed = state_shardings(plan.model_config, plan.weights.trainable, plan.mesh)
     state = init_state(plan.weights.trainable, placed)
     if checkpoints is None or checkpoints.latest() is None:
         return Start(state)
-    state, progress = checkpoints.restore(abstract(state, placed))
+    state, progress = checkpoints.restore(abstract(state, placed), _PROGRESS)
     if progress["data"] != plan.pipeline.fingerprint:
         raise InputError(
             "the training data are not those that this run began with",

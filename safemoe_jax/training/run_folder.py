@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,25 @@ PACKAGES = (
 )
 
 
+_LONGEST_NAME = 255  # bytes of one part of a path, on the usual file systems
+
+
 def check_folder(config: TrainConfig) -> None:
     """Refuses an output folder that another run made. Nothing is written.
 
     Raises:
-        InputError: the folder holds a run with another configuration, or something that is not a run.
+        InputError: the folder holds a run with another configuration, a damaged one, or something that is
+            not a run; or it cannot be made.
     """
     folder = Path(config.output)
-    if not folder.exists():
+    if not _is_there(folder):
         return
     if not folder.is_dir():
         raise InputError("the output is a file", where=str(folder), expected="a new folder")
     if not any(not path.name.startswith(".") for path in folder.iterdir()):
         return
     written = folder / "config.yaml"
-    if not written.exists():
+    if not written.is_file():
         raise InputError(
             "the output folder is not empty and holds no run",
             where=str(folder),
@@ -63,36 +67,37 @@ def check_folder(config: TrainConfig) -> None:
             where=str(written),
             expected="another output folder, or the configuration of that run to continue it",
         )
+    _check_kinds(folder)
+    read_json(folder / "results.json")  # to be added to after the training: damaged, it would be too late
 
 
-_INPUTS = {
-    "model": ("the model's weights are not those", "unchanged weights in the model folder"),
-    "references": ("the reference files are not those", "the unchanged reference files"),
-    "data": ("the training data are not those", "unchanged data files and tokenizer"),
-}
+def _is_there(folder: Path) -> bool:
+    """Whether there is something at this path. Raises InputError where nothing can be made there."""
+    try:
+        os.stat(folder)
+    except FileNotFoundError:
+        # Below a folder that is not there yet the system looks no further.
+        long = [part for part in folder.parts if len(os.fsencode(part)) > _LONGEST_NAME]
+        if not long:
+            return False
+        reason = f"'{long[0][:20]}...' is longer than {_LONGEST_NAME} bytes"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    else:
+        return True
+    raise InputError(
+        f"the output folder cannot be made: {reason}", where=str(folder), expected="a path for a new folder"
+    )
 
 
-def check_inputs(config: TrainConfig, inputs: Mapping[str, Any]) -> None:
-    """Refuses to continue a run whose files hold something else now, under the same paths. Nothing is
-    written.
-
-    Args:
-        config: the run's configuration.
-        inputs: what the files hold: fingerprints of "model", "references" and "data". What environment.json
-            does not record (it is older) is not compared.
-
-    Raises:
-        InputError: says which of them has changed; or environment.json is damaged.
-    """
-    path = Path(config.output) / "environment.json"
-    recorded = read_json(path)
-    for name, (changed, right) in _INPUTS.items():
-        if name in recorded and recorded[name] != inputs[name]:
-            raise InputError(
-                f"{changed} that this run began with",
-                where=f"{path}, field {name}",
-                expected=f"{right}, or a new output folder; nothing was changed",
-            )
+def _check_kinds(folder: Path) -> None:
+    """Refuses a run folder with a file in a folder's place, or the reverse."""
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "results.json"):
+        if (folder / name).is_dir():
+            raise InputError("a folder where a file belongs", where=str(folder / name), expected="a file")
+    if (folder / "checkpoints").is_file():
+        where = str(folder / "checkpoints")
+        raise InputError("a file where a folder belongs", where=where, expected="the folder of checkpoints")
 
 
 def open_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
@@ -204,14 +209,17 @@ def _git_revision() -> str | None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError("not valid YAML", where=str(path), expected="the file that the run wrote") from error
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _damaged(path, "YAML") from error
+    if not isinstance(value, dict):
+        raise _damaged(path, "YAML")
+    return value
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(set(old) | set(new))
-        found = [_differences(old.get(k), new.get(k), f"{name}.{k}" if name else k) for k in keys]
+        keys = sorted(set(old) | set(new), key=str)
+        found = [_differences(old.get(k), new.get(k), f"{name}.{k}" if name else str(k)) for k in keys]
         return [difference for differences in found for difference in differences]
     return [] if old == new else [(name, old, new)]

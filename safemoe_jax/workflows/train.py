@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import sys
 import time
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from safemoe_jax import defenses
@@ -44,12 +42,19 @@ from safemoe_jax.models.transformer import declare
 from safemoe_jax.parallel.mesh import BATCH_AXES, make_mesh, mesh_axis_sizes
 from safemoe_jax.training.config import TrainConfig, to_dict, validate
 from safemoe_jax.training.hooks import Defence
+from safemoe_jax.training.inputs import check_inputs, check_vocabulary, hash_reference
 from safemoe_jax.training.loop import Plan, Start, check_passes, prepare, resume, train
-from safemoe_jax.training.metrics import Sink, jsonl_sink, progress_sink, tensorboard_sink, wandb_sink
+from safemoe_jax.training.metrics import (
+    Sink,
+    check_packages,
+    jsonl_sink,
+    progress_sink,
+    tensorboard_sink,
+    wandb_sink,
+)
 from safemoe_jax.training.run_folder import (
     add_results,
     check_folder,
-    check_inputs,
     is_whole,
     open_folder,
     read_json,
@@ -134,6 +139,7 @@ def plan_run(config: TrainConfig, model: Model | None = None) -> tuple[Plan, Mod
     config = _with_quantisation(config, model)
     validate(config)
     defenses.check_name(config.defence)
+    check_packages(config)
     config = _with_targets(config, model)
     check_folder(config)
     mesh = make_mesh(config.mesh)
@@ -147,7 +153,7 @@ def plan_run(config: TrainConfig, model: Model | None = None) -> tuple[Plan, Mod
     drawn = config.initialise == "random" and model is None
     inputs = {
         "model": fingerprint(base.config, {}) if drawn else weights,
-        "references": [_hash_reference(reference) for reference in references],
+        "references": [hash_reference(reference) for reference in references],
         "data": plan.pipeline.fingerprint,
     }
     check_inputs(config, inputs)
@@ -221,7 +227,7 @@ def _run(
     final = _finished(plan, model_of(state))
     saved = _save(final, config, folder)
     before = read_json(folder / "results.json").get("training")
-    if before is not None and start.task_step == plan.pipeline.total_steps:
+    if isinstance(before, dict) and start.task_step == plan.pipeline.total_steps:
         # No step was done: the figures are those of the run that did them.
         return RunResult(folder, final, {**before, "saved": saved, "resumed_at": start.task_step})
     compilations = n_compiled() - compiled_before
@@ -280,12 +286,18 @@ def _rounded(model: Model, quantisation: Quantisation | None, mesh: Mesh) -> tup
     return quantise_params(model.config, model.params, quantisation)
 
 
+def _reference_files(config: TrainConfig) -> tuple[str, ...]:
+    defence = config.defence
+    if defence.name == "none":
+        return ()
+    return tuple(path for path in (defence.reference, defence.benign_reference) if path is not None)
+
+
 def _references(config: TrainConfig, base: Model, current: str, mesh: Mesh) -> tuple[Reference, ...]:
     """The reference files, checked against the model's fingerprint. For a quantised base one of the same
     weights in floats is right too: it says how the aligned model itself routes."""
-    defence = config.defence
-    paths = [path for path in (defence.reference, defence.benign_reference) if path is not None]
-    if defence.name == "none" or not paths:
+    paths = _reference_files(config)
+    if not paths:
         return ()
     references = tuple(read_reference(path) for path in paths)
     if base.config.quantisation is not None and any(r.model_fingerprint != current for r in references):
@@ -300,17 +312,6 @@ def _references(config: TrainConfig, base: Model, current: str, mesh: Mesh) -> t
     return references
 
 
-def _hash_reference(reference: Reference) -> str:
-    """SHA-256 over what a defence takes from a reference."""
-    arrays = [reference.group, reference.router_logits]
-    if reference.log_probs is not None:
-        arrays += [getattr(reference.log_probs, f.name) for f in dataclasses.fields(reference.log_probs)]
-    digest = hashlib.sha256(reference.prompts_hash.encode())
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
 def _plan(
     config: TrainConfig, base: Model, mesh: Mesh, references: tuple[Reference, ...]
 ) -> tuple[Plan, dict[str, Any]]:
@@ -321,16 +322,18 @@ def _plan(
     row_multiple = mesh_axis_sizes(mesh, BATCH_AXES) * config.gradient_accumulation
     clip_norm = config.optimizer.clip_norm
     context = defenses.DefenceContext(
-        model_config, config.batch_size, config.seed, row_multiple, clip_norm, references
-    )
+        model_config, config.batch_size, config.seed, row_multiple, clip_norm, references,
+        _reference_files(config),
+    )  # fmt: skip
     defence = defenses.build(config.defence, context)
     weights = split_trainable(model_config, params)
     weights = weights if defence.init is None else defence.init(model_config, weights)
     samples = mix([(source, read_source(source)) for source in config.data], config.seed)
     samples = samples if defence.data is None else defence.data(samples)
-    pipeline = _pipeline(
-        config, encode_samples(base.tokenizer, samples, config.max_length), defence, row_multiple
-    )
+    encoded = encode_samples(base.tokenizer, samples, config.max_length)
+    tokens = [sample.tokens for sample in encoded]
+    check_vocabulary(base.config.vocab_size, tokens, references, where=base.name or "the given model")
+    pipeline = _pipeline(config, encoded, defence, row_multiple)
     ends = epoch_ends(len(pipeline.items), config.batch_size, pipeline.total_steps)
     naming = _naming(samples)
     plan = Plan(config, model_config, base.compute, mesh, weights, pipeline, defence, ends, naming)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from safemoe_jax.data.sources import SourceConfig
 from safemoe_jax.errors import InputError
 from safemoe_jax.model import load_pretrained
 from safemoe_jax.training.config import DefenceConfig, TrainConfig
+from safemoe_jax.training.metrics import jsonl_sink
 from safemoe_jax.workflows.train import finetune
 from tests.training.tiny import World
 
@@ -166,3 +170,113 @@ def test_a_whole_adapter_is_left_alone(world, tmp_path):
     before = weights.read_bytes()
     finetune(config)
     assert weights.read_bytes() == before
+
+
+def fresh(path: Path) -> Path:
+    """The path, with nothing there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(world) -> TrainConfig:
+    """A run of three steps with two checkpoints."""
+    config = world.train_config("three", steps=3, checkpoint_every=1)
+    finetune(config)
+    return config
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> TrainConfig:
+    """The same, in a folder that may be damaged."""
+    shutil.copytree(finished.output, tmp_path / "run")
+    return dataclasses.replace(finished, output=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.yaml", b""),
+        ("config.yaml", b"- a\n- b\n"),
+        ("config.yaml", b"model: \xff\xfe\n"),
+        ("environment.json", b'{"seed": 4'),
+        ("results.json", b'{"training": {"task_'),
+        ("results.json", b"[]"),
+    ],
+)
+def test_a_damaged_file_is_refused_before_anything_is_written(copied, file, content):
+    (Path(copied.output) / file).write_bytes(content)
+    refuses(copied, f"a file of the run folder is damaged: not .*\n.*{file}")
+
+
+def test_a_row_of_metrics_that_is_none_is_named(copied):
+    file = Path(copied.output) / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    for wrong in ("gar bage\n", "[1]\n", '{"loss": 1.0}\n', "\n"):
+        file.write_text("".join([lines[0], wrong, *lines[2:]]))
+        before = file.read_bytes()
+        with pytest.raises(InputError, match="not a row of metrics\n.*metrics.jsonl, line 2"):
+            finetune(copied)
+        assert file.read_bytes() == before
+
+
+def cut_data(step: Path) -> None:
+    largest = max((p for p in step.glob("state/**/d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_data,
+        lambda step: shutil.rmtree(step / "state"),
+        lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
+        lambda step: (step / "_CHECKPOINT_METADATA").write_text("{}"),
+    ],
+    ids=["cut", "no state", "no metadata", "empty metadata"],
+)
+def test_a_damaged_checkpoint_is_named_and_without_it_the_one_before_is_used(copied, damage):
+    step = Path(copied.output) / "checkpoints" / "3"
+    damage(step)
+    with pytest.raises(InputError, match="the checkpoint is damaged") as caught:
+        finetune(copied)
+    assert caught.value.where == str(step) and step.exists()
+    shutil.rmtree(step)
+    assert finetune(copied).summary["resumed_at"] == 2
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "results.json"])
+def test_a_file_in_a_folders_place_is_refused_and_the_reverse(copied, name):
+    path = fresh(Path(copied.output) / name)
+    path.write_text("notes") if name == "checkpoints" else path.mkdir()
+    refuses(copied, "where a (file|folder) belongs")
+
+
+@pytest.mark.parametrize("above", ["", "new/"])
+def test_a_name_that_is_too_long_is_refused(world, tmp_path, above):
+    with pytest.raises(InputError, match="the output folder cannot be made"):
+        finetune(world.train_config(f"{tmp_path}/{above}{'x' * 256}/run"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_below_a_file_is_refused(world):
+    with pytest.raises(InputError, match="the output folder cannot be made"):
+        finetune(world.train_config(str(world.data / "run")))
+
+
+def test_an_error_in_writing_rows_names_the_file(tmp_path, monkeypatch):
+    """The system's own error does not."""
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sink = jsonl_sink(tmp_path / "metrics.jsonl", 0)
+    sink.write({"step": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left on device") as caught:
+        sink.flush()
+    assert caught.value.where == str(tmp_path / "metrics.jsonl")
+    sink.close()
