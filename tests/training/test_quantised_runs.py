@@ -257,7 +257,7 @@ def test_wrong_input_in_python_is_refused_too(world, tmp_path):
     config, params = add_adapters(model.config, model.params, LoraConfig(2), jax.random.key(0))
     adapted = dataclasses.replace(model, config=config, params=params)
     for changes, given, message in (
-        ({"quantisation": "int3"}, None, "quantisation is int3"),
+        ({"quantisation": "int3"}, None, "quantisation is 'int3'"),
         ({"quantisation": "int4"}, model, "the given model is held in int8"),
         ({"quantisation": None, "lora": None}, model, "quantisation is int8"),
         ({}, adapted, "adapters on int8 weights; to merge them would round the weights again"),
