@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -85,18 +85,38 @@ class TrainCheckpoints:
             with self._disk_errors():
                 writing.result()
 
-    def restore(self, abstract: State) -> tuple[State, dict[str, Any]]:
+    def restore(self, abstract: State, needed: Sequence[str] = ()) -> tuple[State, dict[str, Any]]:
         """The newest checkpoint.
 
         Args:
             abstract: the state as `jax.ShapeDtypeStruct`s that carry shardings.
+            needed: names that its progress must have.
 
         Returns:
             The state, placed as asked, and the progress given to `save`.
+
+        Raises:
+            InputError: the checkpoint is damaged; names its folder.
         """
         newest = self._orbax.latest
-        restored = self._orbax.load_checkpointables(newest, {"state": abstract})
-        return restored["state"], dict(self._orbax.metadata(newest).custom_metadata)
+        try:
+            restored = self._orbax.load_checkpointables(newest, {"state": abstract})
+            progress = dict(self._orbax.metadata(newest).custom_metadata or {})
+        except (LookupError, ValueError, TypeError, OSError) as error:
+            raise self._damaged(newest.step, "its state cannot be read") from error
+        lacking = [name for name in needed if name not in progress]
+        if lacking:
+            raise self._damaged(newest.step, f"its metadata lack {', '.join(lacking)}")
+        return restored["state"], progress
+
+    def _damaged(self, step: int, detail: str) -> InputError:
+        place = self._folder / str(step)
+        return InputError(
+            f"the checkpoint is damaged: {detail}",
+            where=str(place),
+            expected=f"a whole checkpoint; without the folder {place} the run goes on from the checkpoint "
+            "before it, or from the start where there is none. Nothing was deleted",
+        )
 
     def _require_room(self, state: Any) -> None:
         needed = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -5,7 +5,7 @@ Legend: L MoE layers, S prompts in a batch, P prompts of a set, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ class DefenceContext:
         row_multiple: rows of every batch are a multiple of this.
         clip_norm: longest gradient of a task step, or None.
         references: reference files, read and checked against the model; none where none is configured.
+        reference_files: their paths, for messages.
     """
 
     model_config: ModelConfig
@@ -41,6 +42,7 @@ class DefenceContext:
     row_multiple: int = 1
     clip_norm: float | None = None
     references: tuple[Reference, ...] = ()
+    reference_files: tuple[str, ...] = ()
 
 
 class PromptSet(NamedTuple):
@@ -64,13 +66,13 @@ class RoutingTarget(NamedTuple):
     temperature: np.float32
 
 
-def prompt_set(references: Sequence[Reference], group: int, *, with_log_probs: bool = False) -> PromptSet:
+def prompt_set(context: DefenceContext, group: int, *, with_log_probs: bool = False) -> PromptSet:
     """The prompts of one kind (HARMFUL or BENIGN).
 
     Raises:
         InputError: there are none, or log-probabilities are asked for that a file does not have.
     """
-    chosen = [(reference, np.flatnonzero(reference.group == group)) for reference in references]
+    chosen = [(reference, np.flatnonzero(reference.group == group)) for reference in context.references]
     chosen = [(reference, rows) for reference, rows in chosen if len(rows)]
     if not chosen:
         kind, place = (
@@ -81,11 +83,23 @@ def prompt_set(references: Sequence[Reference], group: int, *, with_log_probs: b
             where=f"the configuration, field {place}",
             expected=f"a file that `safemoe reference` wrote for {kind} prompts",
         )
+    if with_log_probs:
+        _require_log_probs(context)
     return PromptSet(
         [reference.prompts[row] for reference, rows in chosen for row in rows],
         np.concatenate([reference.router_logits[:, rows] for reference, rows in chosen], axis=1),
         np.concatenate([r.log_probs_SV()[rows] for r, rows in chosen]) if with_log_probs else None,
     )
+
+
+def _require_log_probs(context: DefenceContext) -> None:
+    for reference, file in itertools.zip_longest(context.references, context.reference_files):
+        if reference.log_probs is None:
+            raise InputError(
+                "the reference has no next-token log-probabilities",
+                where=file or f"reference of {reference.model or 'unknown model'}",
+                expected="a file that `safemoe reference --log_probs true` wrote",
+            )
 
 
 def routing_target(

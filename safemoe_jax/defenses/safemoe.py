@@ -60,7 +60,7 @@ def build(config: DefenceConfig, context: DefenceContext) -> Defence:
     Raises:
         InputError: no reference with harmful prompts, or a layer without a router.
     """
-    harmful = prompt_set(context.references, HARMFUL)
+    harmful = prompt_set(context, HARMFUL)
     target = routing_target(config, context.model_config, harmful.router_logits, TEMPERATURE)
     hook = InterleaveHook(
         due=None if config.t_reg is None else _every(config.t_reg),

@@ -77,8 +77,8 @@ def build(config: DefenceConfig, context: DefenceContext) -> Defence:
         InputError: no reference with harmful or with benign prompts, or one without next-token
         log-probabilities.
     """
-    harmful = prompt_set(context.references, HARMFUL, with_log_probs=True)
-    benign = prompt_set(context.references, BENIGN, with_log_probs=True)
+    harmful = prompt_set(context, HARMFUL, with_log_probs=True)
+    benign = prompt_set(context, BENIGN, with_log_probs=True)
     router_logits = np.concatenate([harmful.router_logits, benign.router_logits], axis=1)
     anchor = Anchor(
         routing_target(config, context.model_config, router_logits, TEMPERATURE),

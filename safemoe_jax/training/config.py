@@ -11,7 +11,8 @@ from safemoe_jax.data.sources import SourceConfig
 from safemoe_jax.errors import InputError
 from safemoe_jax.models.config import LoraConfig
 from safemoe_jax.models.quantised import Quantisation
-from safemoe_jax.parallel.mesh import MeshConfig
+from safemoe_jax.parallel.mesh import MESH_AXES, MeshConfig
+from safemoe_jax.training.field_types import check_types
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -177,13 +178,15 @@ def _default(declared: dataclasses.Field) -> Any:
 
 
 def validate(config: TrainConfig) -> None:
-    """Refuses values that no run can have.
+    """Refuses values that no run can have: of a wrong type, not finite, or out of their range.
 
     Raises:
         InputError: names the first wrong field and what would be right.
     """
+    check_types(config, TrainConfig)
     optimizer, defence, quantisation = config.optimizer, config.defence, config.quantisation
-    methods, pretrained = (None, *typing.get_args(Quantisation)), config.initialise == "pretrained"
+    pretrained, alpha = config.initialise == "pretrained", config.lora.alpha if config.lora else 1.0
+    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     checks = (
         ("data", len(config.data), len(config.data) > 0, "at least one source"),
         ("max_length", config.max_length, config.max_length >= 2, "at least 2"),
@@ -191,9 +194,10 @@ def validate(config: TrainConfig) -> None:
         ("epochs", config.epochs, config.epochs > 0, "above 0"),
         ("steps", config.steps, _unset_or(1, config.steps), "at least 1, or null"),
         ("gradient_accumulation", (parts := config.gradient_accumulation), parts >= 1, "at least 1"),
-        ("quantisation", quantisation, quantisation in methods, "int8, int4, int4-64, or null"),
+        ("seed", config.seed, 0 <= config.seed < 2**32, f"from 0 to {2**32 - 1}"),
         ("quantisation", quantisation, not quantisation or config.lora is not None, "null, or adapters"),
         ("quantisation", quantisation, not quantisation or pretrained, "initialise: pretrained, or null"),
+        ("lora.alpha", alpha, alpha > 0, "above 0"),
         ("router_aux_coef", config.router_aux_coef, config.router_aux_coef >= 0, "0 or more"),
         ("router_z_coef", config.router_z_coef, config.router_z_coef >= 0, "0 or more"),
         ("checkpoint_every", (every := config.checkpoint_every), _unset_or(0, every), "0 or more, or null"),
@@ -208,6 +212,7 @@ def validate(config: TrainConfig) -> None:
         ("defence.temperature", (tau := defence.temperature), tau is None or tau > 0, "above 0, or null"),
         ("defence.coefficient", defence.coefficient, defence.coefficient >= 0, "0 or more"),
         ("defence.prompts_per_step", (riding := defence.prompts_per_step), riding >= 1, "at least 1"),
+        *((f"mesh.{axis}", size, size >= 1, "at least 1") for axis, size in sizes.items()),
     )  # fmt: skip
     for name, value, right, expected in checks:
         if not right:

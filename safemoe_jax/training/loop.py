@@ -9,6 +9,7 @@ Legend: N batch rows, T row length, M targets a row.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -41,6 +42,7 @@ from safemoe_jax.training.step import (
     place_batch,
 )
 
+_PROGRESS = ("step", "task_step", "data", "iterator")
 LAG = 2
 """Steps whose metrics may be on their way while the next one is started."""
 
@@ -62,6 +64,7 @@ class Plan:
         defence: its hooks.
         epoch_ends: numbers of finished task steps at which an epoch ends.
         name_samples: numbers from `pipeline.sample_ids` -> text for a message.
+        inputs: fingerprints of what the run reads (`run_folder.check_inputs`).
     """
 
     config: TrainConfig
@@ -73,6 +76,7 @@ class Plan:
     defence: Defence
     epoch_ends: tuple[int, ...]
     name_samples: Callable[[Sequence[int]], str] = str
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,38 @@ class Programs:
 
 
 @dataclass
+class Totals:
+    """What a run's steps add up to. Checkpoints carry it, so that a run in several parts has the figures of
+    all of them.
+
+    first_loss, final_loss: task loss of the first and of the newest step, None before there is one. tokens:
+    of all steps. seconds: of the steps that were kept. compile_seconds: of every part.
+    """
+
+    first_loss: float | None = None
+    final_loss: float | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+    def add(self, row: Row, n_tokens: int) -> None:
+        """Counts one finished step."""
+        self.tokens += n_tokens
+        if row["kind"] == "task":
+            self.final_loss = row["loss"]
+            self.first_loss = row["loss"] if self.first_loss is None else self.first_loss
+
+
+@dataclass
 class Start:
-    """Where a run begins: its state and, when it continues, the data iterator's state."""
+    """Where a run begins: its state, what its earlier parts add up to and, when it continues, the data
+    iterator's state."""
 
     state: TrainState
     step: int = 0
     task_step: int = 0
     iterator: dict[str, Any] | None = None
+    totals: Totals = field(default_factory=Totals)
 
 
 @dataclass
@@ -101,10 +130,9 @@ class _Pending:
 
     plan: Plan
     sinks: Sequence[Sink]
+    totals: Totals
     rows: deque[tuple[Row, int, dict[str, jax.Array]]] = field(default_factory=deque)
     since: float = field(default_factory=time.perf_counter)
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
 
     def push(self, row: Row, n_tokens: int, metrics: dict[str, jax.Array]) -> None:
         """Takes a step's metrics and hands the overdue ones to the sinks."""
@@ -127,9 +155,7 @@ class _Pending:
         self.since = now
         if not all(map(math.isfinite, values.values())):
             raise _diverged(self.plan, row)
-        if row["kind"] == "task":
-            self.losses.append(row["loss"])
-        self.tokens += n_tokens
+        self.totals.add(row, n_tokens)
         for sink in self.sinks:
             sink.write(row)
 
@@ -138,20 +164,22 @@ def resume(plan: Plan, checkpoints: TrainCheckpoints | None) -> Start:
     """The newest checkpoint's state, or the initial one.
 
     Raises:
-        InputError: the checkpoint's data were others than the plan's.
+        InputError: the checkpoint's data were others than the plan's, or it is damaged.
     """
     placed = state_shardings(plan.model_config, plan.weights.trainable, plan.mesh)
     state = init_state(plan.weights.trainable, placed)
     if checkpoints is None or checkpoints.latest() is None:
         return Start(state)
-    state, progress = checkpoints.restore(abstract(state, placed))
+    state, progress = checkpoints.restore(abstract(state, placed), _PROGRESS)
     if progress["data"] != plan.pipeline.fingerprint:
         raise InputError(
             "the training data are not those that this run began with",
             where=plan.config.output,
             expected="unchanged data files and tokenizer, or a new output folder",
         )
-    return Start(state, progress["step"], progress["task_step"], progress["iterator"])
+    # A checkpoint that is older than the totals counts from there on.
+    totals = Totals(**progress.get("totals", {}))
+    return Start(state, progress["step"], progress["task_step"], progress["iterator"], totals)
 
 
 def prepare(plan: Plan, state: TrainState) -> Programs:
@@ -198,17 +226,19 @@ def train(
     sinks: Sequence[Sink],
     checkpoints: TrainCheckpoints | None,
     on_step: Sequence[OnStep] = (),
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[TrainState, int]:
     """Runs all steps that are left.
 
     Returns:
-        The final state, and a summary: task losses of this process's part of the run, tokens, seconds.
+        The final state, and the number of optimizer steps of the whole run. `start.totals` holds what they
+        add up to.
 
     Raises:
         InputError: a loss or gradient is not finite; names the step and its samples. Checkpoints from
         before stay.
     """
-    pending, began = _Pending(plan, sinks), time.perf_counter()
+    totals, began = start.totals, time.perf_counter() - start.totals.seconds
+    pending = _Pending(plan, sinks, totals)
     state, step = start.state, start.step
     iterator = plan.pipeline.iter(start.task_step)
     if start.iterator is not None:
@@ -223,12 +253,14 @@ def train(
         if checkpoints is not None and _checkpoint_due(plan, done):
             pending.drain()
             _check_parameters(plan, state, step)
+            totals.seconds = time.perf_counter() - began
             progress = {"step": step, "task_step": done, "data": plan.pipeline.fingerprint}
-            checkpoints.save(done, state, {**progress, "iterator": iterator.get_state()})
+            progress |= {"iterator": iterator.get_state(), "totals": dataclasses.asdict(totals)}
+            checkpoints.save(done, state, progress)
     pending.drain()
     _check_parameters(plan, state, step)
-    seconds = time.perf_counter() - began
-    return state, {"losses": pending.losses, "tokens": pending.tokens, "seconds": seconds, "steps": step}
+    totals.seconds = time.perf_counter() - began
+    return state, step
 
 
 def _task_step(
@@ -273,6 +305,32 @@ def _pass_due(plan: Plan, done: int) -> bool:
     if hook is None:
         return False
     return done in plan.epoch_ends if hook.due is None else hook.due(done)
+
+
+def check_passes(plan: Plan) -> None:
+    """Refuses a run that its defence's passes never change: it would be undefended, and look defended.
+
+    Raises:
+        InputError: no pass is due, or every one has learning rate 0.
+    """
+    optimizer, total = plan.config.optimizer, plan.pipeline.total_steps
+    # At a peak of 0 nothing is trained at all: there is nothing to defend against.
+    if plan.defence.interleave is None or optimizer.learning_rate == 0:
+        return
+    moving = [done for done in range(1, total + 1) if learning_rate(optimizer, done, total) > 0]
+    if any(_pass_due(plan, done) for done in moving):
+        return
+    t_reg = plan.config.defence.t_reg
+    told = "null (the ends of epochs)" if t_reg is None else t_reg
+    raise InputError(
+        f"the run would be undefended: t_reg is {told}, and in its {total} task steps no routing pass has a "
+        "learning rate above 0",
+        where="the configuration, field defence.t_reg",
+        expected=f"t_reg from 1 to {moving[-1]}, or a longer run (more than one epoch where t_reg is null: a "
+        "pass after the last step of a cosine or linear schedule changes nothing)"
+        if moving
+        else "more task steps, or optimizer.schedule: constant",
+    )
 
 
 def _checkpoint_due(plan: Plan, done: int) -> bool:

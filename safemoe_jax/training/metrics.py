@@ -6,14 +6,17 @@ grad_norm, tokens_per_second, and what the defence reports (routing_penalty, ...
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safemoe_jax.errors import InputError
+from safemoe_jax.training.config import TrainConfig
 
 Row = dict[str, Any]
 
@@ -37,30 +40,64 @@ def jsonl_sink(path: Path, keep_until_step: int) -> Sink:
     truncate_rows(path, keep_until_step)
     file = path.open("a", encoding="utf-8")
 
+    def write(row: Row) -> None:
+        with _disk_errors(path):
+            file.write(json.dumps(row) + "\n")
+
     def flush() -> None:
-        file.flush()
-        # A checkpoint must not be newer than the rows that lead up to it.
-        os.fsync(file.fileno())
+        with _disk_errors(path):
+            file.flush()
+            # A checkpoint must not be newer than the rows that lead up to it.
+            os.fsync(file.fileno())
 
-    return Sink(lambda row: _write_line(file, row), flush, file.close)
+    def close() -> None:
+        with _disk_errors(path):
+            file.close()
+
+    return Sink(write, flush, close)
 
 
-def _write_line(file: Any, row: Row) -> None:
-    file.write(json.dumps(row) + "\n")
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """The system's errors in writing do not name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write: {error.strerror or error}",
+            where=str(path),
+            expected="room on the disk; earlier checkpoints are untouched, the same command continues",
+        ) from error
 
 
 def truncate_rows(path: Path, last_step: int) -> None:
     """Cuts a metrics file behind the last row whose step is at most `last_step`; a half-written line goes
-    too."""
+    too.
+
+    Raises:
+        InputError: a line before that is no row; the file is left as it is.
+    """
     if not path.exists():
         return
     end = 0
     with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > last_step:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") or _step_of(line, f"{path}, line {number}") > last_step:
                 break
             end += len(line)
     os.truncate(path, end)
+
+
+def _step_of(line: bytes, where: str) -> int:
+    try:
+        step = json.loads(line)["step"]
+        if isinstance(step, int):
+            return step
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise InputError(
+        "not a row of metrics", where=where, expected="a JSON object with a step; nothing was changed"
+    )
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -92,6 +129,17 @@ def progress_sink(total_steps: int, done_steps: int, description: str) -> Sink:
         bar.update(row["kind"] == "task")
 
     return Sink(write, close=bar.close)
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Refuses a sink whose package is not installed.
+
+    Raises:
+        InputError: names the field and the extra.
+    """
+    for package in ("tensorboard", "wandb"):
+        if getattr(config, package) and importlib.util.find_spec(package) is None:
+            raise _missing(package)
 
 
 def tensorboard_sink(folder: Path) -> Sink:

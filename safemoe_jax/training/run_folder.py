@@ -3,7 +3,9 @@ model/."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +16,8 @@ import jax
 import yaml
 
 from safemoe_jax.checkpoints.atomic import new_file
+from safemoe_jax.checkpoints.huggingface import list_checkpoint
+from safemoe_jax.checkpoints.safetensors_files import list_tensors
 from safemoe_jax.errors import InputError
 from safemoe_jax.training.config import TrainConfig, identity, to_dict
 
@@ -30,21 +34,25 @@ PACKAGES = (
 )
 
 
+_LONGEST_NAME = 255  # bytes of one part of a path, on the usual file systems
+
+
 def check_folder(config: TrainConfig) -> None:
     """Refuses an output folder that another run made. Nothing is written.
 
     Raises:
-        InputError: the folder holds a run with another configuration, or something that is not a run.
+        InputError: the folder holds a run with another configuration, a damaged one, or something that is
+            not a run; or it cannot be made.
     """
     folder = Path(config.output)
-    if not folder.exists():
+    if not _is_there(folder):
         return
     if not folder.is_dir():
         raise InputError("the output is a file", where=str(folder), expected="a new folder")
     if not any(not path.name.startswith(".") for path in folder.iterdir()):
         return
     written = folder / "config.yaml"
-    if not written.exists():
+    if not written.is_file():
         raise InputError(
             "the output folder is not empty and holds no run",
             where=str(folder),
@@ -59,6 +67,37 @@ def check_folder(config: TrainConfig) -> None:
             where=str(written),
             expected="another output folder, or the configuration of that run to continue it",
         )
+    _check_kinds(folder)
+    read_json(folder / "results.json")  # to be added to after the training: damaged, it would be too late
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether there is something at this path. Raises InputError where nothing can be made there."""
+    try:
+        os.stat(folder)
+    except FileNotFoundError:
+        # Below a folder that is not there yet the system looks no further.
+        long = [part for part in folder.parts if len(os.fsencode(part)) > _LONGEST_NAME]
+        if not long:
+            return False
+        reason = f"'{long[0][:20]}...' is longer than {_LONGEST_NAME} bytes"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    else:
+        return True
+    raise InputError(
+        f"the output folder cannot be made: {reason}", where=str(folder), expected="a path for a new folder"
+    )
+
+
+def _check_kinds(folder: Path) -> None:
+    """Refuses a run folder with a file in a folder's place, or the reverse."""
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "results.json"):
+        if (folder / name).is_dir():
+            raise InputError("a folder where a file belongs", where=str(folder / name), expected="a file")
+    if (folder / "checkpoints").is_file():
+        where = str(folder / "checkpoints")
+        raise InputError("a file where a folder belongs", where=where, expected="the folder of checkpoints")
 
 
 def open_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
@@ -84,8 +123,56 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def add_results(path: Path, name: str, value: dict[str, Any]) -> None:
     """Puts one section into results.json and keeps the others."""
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, results | {name: value})
+    write_json(path, read_json(path) | {name: value})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of the run folder; {} where there is no file.
+
+    Raises:
+        InputError: the file is not a JSON object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, "JSON") from error
+    if not isinstance(value, dict):
+        raise _damaged(path, "JSON")
+    return value
+
+
+def _damaged(path: Path, language: str) -> InputError:
+    return InputError(
+        f"a file of the run folder is damaged: not {language}, or not a mapping",
+        where=str(path),
+        expected="the file that the run wrote; nothing was changed",
+    )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder with an adapter or a model has its config and all its weights, each file as long as
+    its header says."""
+    config, tensors_of = _SAVED[folder.name]
+    try:
+        return (folder / config).is_file() and bool(tensors_of(folder))
+    except InputError:
+        return False
+
+
+_SAVED = {
+    "adapter": ("adapter_config.json", lambda folder: list_tensors(folder / "adapter_model.safetensors")),
+    "model": ("config.json", list_checkpoint),
+}
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a folder to a name that is free, and returns it: what is in there is not lost."""
+    names = (folder.with_name(f"{folder.name}-incomplete-{i}") for i in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    folder.rename(aside)
+    return aside
 
 
 def environment() -> dict[str, Any]:
@@ -122,14 +209,17 @@ def _git_revision() -> str | None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError("not valid YAML", where=str(path), expected="the file that the run wrote") from error
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise _damaged(path, "YAML") from error
+    if not isinstance(value, dict):
+        raise _damaged(path, "YAML")
+    return value
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(set(old) | set(new))
-        found = [_differences(old.get(k), new.get(k), f"{name}.{k}" if name else k) for k in keys]
+        keys = sorted(set(old) | set(new), key=str)
+        found = [_differences(old.get(k), new.get(k), f"{name}.{k}" if name else str(k)) for k in keys]
         return [difference for differences in found for difference in differences]
     return [] if old == new else [(name, old, new)]

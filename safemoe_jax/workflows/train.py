@@ -42,9 +42,24 @@ from safemoe_jax.models.transformer import declare
 from safemoe_jax.parallel.mesh import BATCH_AXES, make_mesh, mesh_axis_sizes
 from safemoe_jax.training.config import TrainConfig, to_dict, validate
 from safemoe_jax.training.hooks import Defence
-from safemoe_jax.training.loop import Plan, Start, prepare, resume, train
-from safemoe_jax.training.metrics import Sink, jsonl_sink, progress_sink, tensorboard_sink, wandb_sink
-from safemoe_jax.training.run_folder import add_results, check_folder, open_folder
+from safemoe_jax.training.inputs import check_inputs, check_vocabulary, hash_reference
+from safemoe_jax.training.loop import Plan, Start, check_passes, prepare, resume, train
+from safemoe_jax.training.metrics import (
+    Sink,
+    check_packages,
+    jsonl_sink,
+    progress_sink,
+    tensorboard_sink,
+    wandb_sink,
+)
+from safemoe_jax.training.run_folder import (
+    add_results,
+    check_folder,
+    is_whole,
+    open_folder,
+    read_json,
+    set_aside,
+)
 from safemoe_jax.training.state import TrainState
 from safemoe_jax.training.step import n_compiled
 
@@ -60,7 +75,8 @@ class RunResult:
     Attributes:
         run_dir: the run folder.
         model: the fine-tuned model, adapters not merged.
-        summary: the "training" section of results.json.
+        summary: the "training" section of results.json; `resumed_at` is where this call began, so for a run
+            that was finished before it is the number of its task steps.
     """
 
     run_dir: Path
@@ -103,7 +119,7 @@ def finetune(config: TrainConfig, *, model: Model | None = None, on_step: Sequen
     held = describe_base(base.config, base.params)
     if held is not None:
         say(config, held)
-    folder = open_folder(plan.config, {"data": plan.pipeline.fingerprint, "data_report": report})
+    folder = open_folder(plan.config, {**plan.inputs, "data_report": report})
     release = (lambda: None) if model is not None else (lambda: _delete(plan.weights.trainable))
     return _run(plan, base, folder, report, on_step, release)
 
@@ -123,13 +139,25 @@ def plan_run(config: TrainConfig, model: Model | None = None) -> tuple[Plan, Mod
     config = _with_quantisation(config, model)
     validate(config)
     defenses.check_name(config.defence)
+    check_packages(config)
     config = _with_targets(config, model)
     check_folder(config)
     mesh = make_mesh(config.mesh)
     base = _base_model(config, model, mesh)
     check_mesh(base.config, mesh)
-    plan, report = _plan(config, base, mesh, _references(config, base, mesh))
-    return plan, base, report
+    weights = fingerprint(base.config, base.params)
+    references = _references(config, base, weights, mesh)
+    plan, report = _plan(config, base, mesh, references)
+    check_passes(plan)
+    # Random weights come from the network and the seed alone; another device may round them differently.
+    drawn = config.initialise == "random" and model is None
+    inputs = {
+        "model": fingerprint(base.config, {}) if drawn else weights,
+        "references": [hash_reference(reference) for reference in references],
+        "data": plan.pipeline.fingerprint,
+    }
+    check_inputs(config, inputs)
+    return dataclasses.replace(plan, inputs=inputs), base, report
 
 
 def _with_quantisation(config: TrainConfig, model: Model | None) -> TrainConfig:
@@ -193,32 +221,35 @@ def _run(
         release()
         began, compiled_before = time.perf_counter(), n_compiled()
         programs = prepare(plan, start.state)
-        compile_seconds = time.perf_counter() - began
+        start.totals.compile_seconds += time.perf_counter() - began
         with _sinks(plan, folder, start) as sinks:
-            state, outcome = train(plan, programs, start, sinks, checkpoints, callbacks)
+            state, steps = train(plan, programs, start, sinks, checkpoints, callbacks)
     final = _finished(plan, model_of(state))
     saved = _save(final, config, folder)
-    task_steps = plan.pipeline.total_steps
-    losses = outcome["losses"]
-    summary = {
-        "task_steps": task_steps,
-        "routing_steps": outcome["steps"] - task_steps,
-        "first_loss": losses[0] if losses else None,
-        "final_loss": losses[-1] if losses else None,
-        "seconds": outcome["seconds"],
-        "compile_seconds": compile_seconds,
-        "compilations": n_compiled() - compiled_before,
-        "tokens": outcome["tokens"],
-        "tokens_per_second": outcome["tokens"] / max(outcome["seconds"], 1e-9),
-        "resumed_at": start.task_step,
-        "trainable": describe(plan.model_config),
-        "defence": {"name": plan.defence.name, **plan.defence.notes},
-        "data": report,
-        "saved": saved,
-    }
+    before = read_json(folder / "results.json").get("training")
+    if isinstance(before, dict) and start.task_step == plan.pipeline.total_steps:
+        # No step was done: the figures are those of the run that did them.
+        return RunResult(folder, final, {**before, "saved": saved, "resumed_at": start.task_step})
+    compilations = n_compiled() - compiled_before
+    summary = _summary(plan, start, steps, compilations) | {"data": report, "saved": saved}
     if jax.process_index() == 0:
         add_results(folder / "results.json", "training", summary)
     return RunResult(folder, final, summary)
+
+
+def _summary(plan: Plan, start: Start, steps: int, compilations: int) -> dict[str, Any]:
+    """The run's figures, those of its earlier parts included; compilations are this part's."""
+    task_steps, totals = plan.pipeline.total_steps, start.totals
+    return {
+        "task_steps": task_steps,
+        "routing_steps": steps - task_steps,
+        **dataclasses.asdict(totals),
+        "compilations": compilations,
+        "tokens_per_second": totals.tokens / max(totals.seconds, 1e-9),
+        "resumed_at": start.task_step,
+        "trainable": describe(plan.model_config),
+        "defence": {"name": plan.defence.name, **plan.defence.notes},
+    }
 
 
 def _base_model(config: TrainConfig, model: Model | None, mesh: Mesh) -> Model:
@@ -255,15 +286,20 @@ def _rounded(model: Model, quantisation: Quantisation | None, mesh: Mesh) -> tup
     return quantise_params(model.config, model.params, quantisation)
 
 
-def _references(config: TrainConfig, base: Model, mesh: Mesh) -> tuple[Reference, ...]:
-    """The reference files, checked. For a quantised base one of the same weights in floats is right too: it
-    says how the aligned model itself routes."""
+def _reference_files(config: TrainConfig) -> tuple[str, ...]:
     defence = config.defence
-    paths = [path for path in (defence.reference, defence.benign_reference) if path is not None]
-    if defence.name == "none" or not paths:
+    if defence.name == "none":
+        return ()
+    return tuple(path for path in (defence.reference, defence.benign_reference) if path is not None)
+
+
+def _references(config: TrainConfig, base: Model, current: str, mesh: Mesh) -> tuple[Reference, ...]:
+    """The reference files, checked against the model's fingerprint. For a quantised base one of the same
+    weights in floats is right too: it says how the aligned model itself routes."""
+    paths = _reference_files(config)
+    if not paths:
         return ()
     references = tuple(read_reference(path) for path in paths)
-    current = fingerprint(base.config, base.params)
     if base.config.quantisation is not None and any(r.model_fingerprint != current for r in references):
         floats = fingerprint_folder(find_folder(config.model), base.config, mesh)
     else:
@@ -286,16 +322,18 @@ def _plan(
     row_multiple = mesh_axis_sizes(mesh, BATCH_AXES) * config.gradient_accumulation
     clip_norm = config.optimizer.clip_norm
     context = defenses.DefenceContext(
-        model_config, config.batch_size, config.seed, row_multiple, clip_norm, references
-    )
+        model_config, config.batch_size, config.seed, row_multiple, clip_norm, references,
+        _reference_files(config),
+    )  # fmt: skip
     defence = defenses.build(config.defence, context)
     weights = split_trainable(model_config, params)
     weights = weights if defence.init is None else defence.init(model_config, weights)
     samples = mix([(source, read_source(source)) for source in config.data], config.seed)
     samples = samples if defence.data is None else defence.data(samples)
-    pipeline = _pipeline(
-        config, encode_samples(base.tokenizer, samples, config.max_length), defence, row_multiple
-    )
+    encoded = encode_samples(base.tokenizer, samples, config.max_length)
+    tokens = [sample.tokens for sample in encoded]
+    check_vocabulary(base.config.vocab_size, tokens, references, where=base.name or "the given model")
+    pipeline = _pipeline(config, encoded, defence, row_multiple)
     ends = epoch_ends(len(pipeline.items), config.batch_size, pipeline.total_steps)
     naming = _naming(samples)
     plan = Plan(config, model_config, base.compute, mesh, weights, pipeline, defence, ends, naming)
@@ -377,13 +415,16 @@ def _finished(plan: Plan, model: Model) -> Model:
 
 
 def _save(model: Model, config: TrainConfig, folder: Path) -> str:
-    """Writes the adapter, or the whole model; one that is there is whole and came from the same
-    configuration."""
+    """Writes the adapter, or the whole model. One that is there and whole came from the same configuration
+    and the same files (`check_inputs`); one that is not whole is set aside."""
     if model.config.lora is not None:
         name, save = "adapter", model.save_adapter
     else:
         params = cast(model.params, config.dtype)
         name, save = "model", dataclasses.replace(model, params=params).save_pretrained
+    if (folder / name).exists() and not is_whole(folder / name):
+        aside = set_aside(folder / name) if jax.process_index() == 0 else None
+        say(config, f"{folder / name} lacks files, or parts of them; it was renamed to {aside}")
     if not (folder / name).exists():
         save(folder / name)
     return name

@@ -104,5 +104,7 @@ def test_missing_benign_prompts_or_log_probabilities_are_refused(context):
             DefenceConfig("safemoe_anchored"), dataclasses.replace(context, references=(harmful_only,))
         )
     bare = dataclasses.replace(reference, log_probs=None)
-    with pytest.raises(InputError, match="no next-token log-probabilities"):
-        defenses.build(DefenceConfig("safemoe_anchored"), dataclasses.replace(context, references=(bare,)))
+    lacking = dataclasses.replace(context, references=(bare,), reference_files=("d_h.safetensors",))
+    with pytest.raises(InputError, match="no next-token log-probabilities") as caught:
+        defenses.build(DefenceConfig("safemoe_anchored"), lacking)
+    assert caught.value.where == "d_h.safetensors"

@@ -195,7 +195,7 @@ def test_the_commands_measure_it_as_they_measure_the_same_weights_in_floats(wide
 def test_a_model_in_floats_is_merged_and_then_rounded_once(wide, whole, method, tmp_path):
     """No adapted weight lies further than half a step from the sum in float64; others are the folder's."""
     model = load_pretrained(wide.model, adapter=whole / "adapter")
-    found = finetune(run_config(wide, tmp_path / "run", quantisation=method, steps=1), model=model).model
+    found = finetune(run_config(wide, tmp_path / "run", quantisation=method, steps=4), model=model).model
     frozen = load_pretrained(wide.model, quantisation=method).params
     adapted = {name.removesuffix("lora_a") for name in model.params if name.endswith("lora_a")}
     assert len(adapted) == 2
@@ -223,7 +223,7 @@ def test_a_reference_of_the_floats_or_of_the_rounded_model_is_right_and_of_anoth
     prompts.write_text('{"instruction": "Say alder"}\n')
     arguments = ["--model", str(wide.model), "--output", str(file), "--prompts.path", str(prompts)]
     assert main(["reference", *arguments, "--quantisation", "int8", "--xla_cache", "off"]) == 0
-    config = run_config(wide, tmp_path / "run", steps=1)
+    config = run_config(wide, tmp_path / "run", steps=4)
     config = dataclasses.replace(config, defence=dataclasses.replace(config.defence, reference=str(file)))
     finetune(config)
     with pytest.raises(InputError, match=r"another model \(weights\)"):
@@ -257,7 +257,7 @@ def test_wrong_input_in_python_is_refused_too(world, tmp_path):
     config, params = add_adapters(model.config, model.params, LoraConfig(2), jax.random.key(0))
     adapted = dataclasses.replace(model, config=config, params=params)
     for changes, given, message in (
-        ({"quantisation": "int3"}, None, "quantisation is int3"),
+        ({"quantisation": "int3"}, None, "quantisation is 'int3'"),
         ({"quantisation": "int4"}, model, "the given model is held in int8"),
         ({"quantisation": None, "lora": None}, model, "quantisation is int8"),
         ({}, adapted, "adapters on int8 weights; to merge them would round the weights again"),
