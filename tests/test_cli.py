@@ -129,7 +129,7 @@ def test_help_of_a_command_has_every_field_with_its_text(capsys) -> None:
     assert caught.value.code == 0
     text = capsys.readouterr().out
     for name, _ in configuration.leaf_fields(TrainConfig):
-        assert f"--{name}" in text or f"  {name.removeprefix('lora.')}: " in text, name
+        assert f"--{name}" in text or f"  {name.rpartition('.')[2]}: " in text, name
     for words in ("prompts of each kind that ride along", "the update is scaled by alpha / rank", "--debug"):
         assert " ".join(words.split()) in " ".join(text.split())
 

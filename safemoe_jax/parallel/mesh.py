@@ -63,14 +63,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = tuple(getattr(config, axis) for axis in MESH_AXES)
+    shown = "mesh " + ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     if min(sizes) < 1:
-        raise InputError("a mesh size is below 1", where=f"mesh {config}", expected="every size at least 1")
+        raise InputError("a mesh size is below 1", where=shown, expected="every size at least 1")
     if config.size == 1:
         devices = devices[:1]
     if math.prod(sizes) != len(devices):
         raise InputError(
             f"the mesh asks for {config.size} devices, {len(devices)} are there",
-            where=f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}",
+            where=shown,
             expected=f"sizes whose product is {len(devices)} (or all 1)",
         )
     # Explicit axis types are jax's new default; lax.ragged_dot and automatic partitioning want Auto.

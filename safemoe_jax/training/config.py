@@ -96,6 +96,9 @@ class TrainConfig:
             pretrained weights only; null holds them in dtype.
         lora: adapters; null trains every parameter.
         optimizer: AdamW and its schedule.
+        prompts: the harmful prompts that the defence's reference must have been made of, as given to `safemoe
+            reference`; null takes the file as it is.
+        benign: the same for its benign prompts.
         defence: what keeps the model safe.
         mesh: devices for each kind of parallelism.
         remat: full recomputes a layer's activations in the backward pass, to save memory.
@@ -124,6 +127,8 @@ class TrainConfig:
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     defence: DefenceConfig = field(default_factory=DefenceConfig)
+    prompts: SourceConfig | None = None
+    benign: SourceConfig | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     remat: Literal["none", "full"] = "none"
     experts: Literal["auto", "dense", "blocks", "ragged", "megablox"] = "auto"

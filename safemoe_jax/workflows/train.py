@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from safemoe_jax import defenses
@@ -23,6 +24,7 @@ from safemoe_jax.checkpoints.reference import (
     check_matches,
     fingerprint,
     fingerprint_folder,
+    hash_prompts,
     read_reference,
 )
 from safemoe_jax.checkpoints.train_state import TrainCheckpoints
@@ -62,6 +64,7 @@ from safemoe_jax.training.run_folder import (
 )
 from safemoe_jax.training.state import TrainState
 from safemoe_jax.training.step import n_compiled
+from safemoe_jax.workflows.loading import prompt_tokens
 
 OnStep = Callable[[int, Model], None]
 """(finished task steps, the model as it is now), called after every task step and the pass that follows it;
@@ -309,7 +312,23 @@ def _references(config: TrainConfig, base: Model, current: str, mesh: Mesh) -> t
         check_matches(
             reference, config=base.config, model_fingerprint=made_of, tokenizer=base.tokenizer, where=path
         )
+    _check_prompts(config, base, references)
     return references
+
+
+def _check_prompts(config: TrainConfig, base: Model, references: tuple[Reference, ...]) -> None:
+    """Refuses references of other prompts than the configuration names, where it names any."""
+    for group, source in enumerate((config.prompts, config.benign)):
+        _, wanted = prompt_tokens(base, source)
+        recorded = [r.prompts[row] for r in references for row in np.flatnonzero(r.group == group)]
+        if source is not None and hash_prompts(wanted) != hash_prompts(recorded):
+            kind = ("harmful", "benign")[group]
+            raise InputError(
+                f"the reference was made for another prompt set: {len(recorded)} {kind} prompts, not the "
+                f"{len(wanted)} of {source.path}",
+                where=", ".join(_reference_files(config)),
+                expected="a reference made by `safemoe reference` with these prompts, in this order",
+            )
 
 
 def _plan(

@@ -32,7 +32,7 @@ from safemoe_jax.training.hooks import Defence, GradientHook, LossHook
 from safemoe_jax.training.metrics import truncate_rows
 from safemoe_jax.training.run_folder import check_folder
 from safemoe_jax.workflows.train import epoch_ends, finetune, plan_run
-from tests.training.tiny import World
+from tests.training.tiny import BENIGN_TEXTS, HARMFUL_TEXTS, World
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -358,6 +358,26 @@ def test_wrong_input_is_refused_before_anything_is_written(world, changes, messa
     with pytest.raises(InputError, match=message):
         finetune(world.train_config("refused", **changes))
     assert not (world.folder / "refused").exists()
+
+
+def test_a_reference_of_other_prompts_than_those_named_is_refused(world, tmp_path):
+    """The files of harmful and benign prompts may be named beside the reference."""
+
+    def plan(harmful, benign):
+        sources = {}
+        for kind, texts in (("prompts", harmful), ("benign", benign)):
+            path = tmp_path / f"{kind}.txt"
+            path.write_text("".join(f"{text}\n" for text in texts))
+            sources[kind] = SourceConfig(str(path))
+        defence = world.defence("safemoe_anchored")
+        return plan_run(world.train_config(str(tmp_path / "run"), defence=defence, **sources))
+
+    plan(HARMFUL_TEXTS, BENIGN_TEXTS)
+    fewer, others = (HARMFUL_TEXTS[:-1], BENIGN_TEXTS), (HARMFUL_TEXTS, HARMFUL_TEXTS)
+    for texts, kind in ((fewer, "harmful"), (others, "benign")):
+        with pytest.raises(InputError, match=f"another prompt set: .*{kind} prompts"):
+            plan(*texts)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_reference_of_another_model_is_refused(world, tmp_path):

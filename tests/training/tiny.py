@@ -32,6 +32,8 @@ WORDS = [
     "maple", "oak", "pine", "rowan", "spruce", "willow", "yew",
 ]  # fmt: skip
 N_HARMFUL, N_BENIGN = 10, 6
+HARMFUL_TEXTS = [f"Say {WORDS[i]} and {WORDS[-1 - i]}" for i in range(N_HARMFUL)]
+BENIGN_TEXTS = [f"Describe the {WORDS[i]} tree" for i in range(N_BENIGN)]
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,7 @@ def make_world(
 def make_reference(model: Path, config: ModelConfig, params: dict[str, jax.Array]) -> Reference:
     """Harmful and benign prompts in one file, from one plain padded forward pass."""
     tokenizer = load_tokenizer(str(model))
-    texts = [f"Say {WORDS[i]} and {WORDS[-1 - i]}" for i in range(N_HARMFUL)]
-    texts += [f"Describe the {WORDS[i]} tree" for i in range(N_BENIGN)]
-    prompts = encode_prompts(tokenizer, [Sample(user=text) for text in texts])
+    prompts = encode_prompts(tokenizer, [Sample(user=text) for text in HARMFUL_TEXTS + BENIGN_TEXTS])
     tokens, mask = padded(prompts)
     run = jax.jit(forward, static_argnums=0)
     out = run(config, Weights.of(params), tokens, attention_mask=mask)
