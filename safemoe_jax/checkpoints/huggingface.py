@@ -47,6 +47,8 @@ COMPANIONS = (
     "generation_config.json",
 )
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
+# The methods of a config.json's `quantization_config` whose tensors are read (`reading`).
+_QUANTISATIONS = ("fp8", "mxfp4")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Fields that another spelling replaces, or that describe how the weights were stored.
 _SUPERSEDED = {
@@ -76,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path.name} is missing", where=str(path.parent), expected=f"a folder with {path.name}"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # a number of too many digits is a ValueError
         raise InputError(
             f"{path.name} cannot be read: {error}", where=str(path), expected="valid JSON"
         ) from error
@@ -89,7 +91,8 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
     """The network that a folder holds, and its config.json as it is.
 
     Raises:
-        InputError: config.json is missing or malformed, its model_type is unknown, a field is wrong.
+        InputError: config.json is missing or malformed, its model_type is unknown, a field is wrong, or the
+            weights are quantised by a method that is not read.
     """
     folder = Path(folder)
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
@@ -99,6 +102,7 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
             expected="the base model's folder as the model, and this one as its adapter",
         )
     raw = read_json(folder / "config.json")
+    _check_quantisation(raw, folder / "config.json")
     try:
         return family_of(raw.get("model_type")).read_config(raw), raw
     except InputError as error:
@@ -106,12 +110,28 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise InputError(error.what, where=where, expected=error.expected) from error
 
 
+def _check_quantisation(raw: Mapping[str, Any], path: Path) -> None:
+    """Other methods publish integers under the weights' names or beside them; which numbers they stand for
+    only their own code knows."""
+    nested = raw.get("text_config")
+    found = raw.get("quantization_config") or (
+        nested.get("quantization_config") if isinstance(nested, Mapping) else None
+    )
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    if found and method not in _QUANTISATIONS:
+        raise InputError(
+            f"the weights are quantised by {repr(method) if method else 'a method without a name'}",
+            where=f"{path}, field quantization_config",
+            expected=f"weights in floats, or quantised by {' or '.join(_QUANTISATIONS)}",
+        )
+
+
 def list_checkpoint(folder: str | Path) -> dict[str, Entry]:
     """Every tensor of a folder, from the headers of its safetensors files.
 
     Raises:
         InputError: there are no safetensors (only pickles, or nothing), a shard is missing or truncated, or
-            two shards hold the same tensor.
+            two shards hold the same tensor, or the index names no files of the folder.
     """
     folder = Path(folder)
     entries: dict[str, Entry] = {}
@@ -134,6 +154,7 @@ def _files(folder: Path) -> list[Path]:
         names = read_json(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise InputError("no weight_map", where=str(folder / INDEX), expected="tensor name -> file name")
+        _check_names(names, folder / INDEX)
         return [folder / name for name in sorted(set(names.values()))]
     if any(path for pattern in _PICKLES for path in folder.glob(pattern)):
         raise InputError(
@@ -142,6 +163,16 @@ def _files(folder: Path) -> list[Path]:
             expected="safetensors (transformers' save_pretrained writes them)",
         )
     raise InputError("no weights", where=str(folder), expected=f"{SINGLE}, or {INDEX} and its files")
+
+
+def _check_names(weight_map: Mapping[str, Any], path: Path) -> None:
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not file or file == ".." or Path(file).name != file:
+            raise InputError(
+                f"tensor '{tensor}' is in {file!r}",
+                where=f"{path}, field weight_map",
+                expected="the name of a file in this folder",
+            )
 
 
 def load_params(
@@ -168,7 +199,8 @@ def load_params(
         (without adapters).
 
     Raises:
-        InputError: names the tensor that is missing, unmapped, duplicate, of a wrong shape or not finite.
+        InputError: names the tensor that is missing, unmapped, duplicate, of a wrong shape, of integers or
+            not finite.
     """
     return dict(read_params(folder, config, dtype=dtype, mesh=mesh, quantisation=quantisation))
 
@@ -193,6 +225,7 @@ def read_params(
     entries = _without_prefixes(table, list_checkpoint(folder))
     plan = resolve(config, table, specs, {name: entry.shape for name, entry in entries.items()}, str(folder))
     check_scales(entries)
+    _check_numbers(plan, entries)
     placed = shardings(specs, mesh) if mesh is not None else {}
     chosen = {} if quantisation is None else quantised_weights(config, quantisation)
     rounded = {name: part_shardings(name, specs[name], quantisation, mesh) for name in chosen}
@@ -235,6 +268,18 @@ def part_shardings(
 
 def _dtype(row: Row, entries: Mapping[str, Entry], piece: Piece, wanted: str | None) -> np.dtype:
     return np.dtype(np.float32) if row.float32 else target_dtype(stored_dtype(entries, piece), wanted)
+
+
+def _check_numbers(plan: Mapping[str, Sequence[Piece]], entries: Mapping[str, Entry]) -> None:
+    """Only of packed tensors are the integers read as what they stand for."""
+    plain = (piece.name for places in plan.values() for piece in places if not piece.source.packed)
+    for name in plain:
+        if entries[name].dtype.kind in "iu":
+            raise InputError(
+                f"tensor '{name}' holds integers ({entries[name].dtype})",
+                where=str(entries[name].path),
+                expected="floats of 16, 32 or 64 bits, FP8 with its scales, or experts packed as MXFP4",
+            )
 
 
 def _without_prefixes(table: TensorTable, entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -89,7 +89,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bo
     A template that refuses a system message (Mixtral's, Gemma's) gets it in front of the first user message.
 
     Raises:
-        InputError: the template refuses the conversation.
+        InputError: the template refuses the conversation, or fails.
     """
     import jinja2
 
@@ -97,17 +97,31 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bo
         return tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=generation_prompt, tokenize=False
         )
-    except jinja2.TemplateError as error:
-        if len(messages) > 1 and messages[0]["role"] == "system" and messages[1]["role"] == "user":
+    except Exception as error:  # a template is a program, which may raise what it likes
+        roles = [message["role"] for message in messages[:2]]
+        if isinstance(error, jinja2.TemplateError) and roles == ["system", "user"]:
             merged = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
             return render(
                 tokenizer, [merged, *messages[2:]], generation_prompt=generation_prompt, where=where
             )
-        raise InputError(
+        raise _template_error(tokenizer, error, where) from error
+
+
+def _template_error(tokenizer: Any, error: Exception, where: str) -> InputError:
+    """A template's own `raise_exception` is about the conversation, every other error about the template."""
+    import jinja2
+
+    if type(error) is jinja2.TemplateError:
+        return InputError(
             f"the chat template refuses the conversation: {error}",
             where=where,
             expected="roles that the template knows",
-        ) from error
+        )
+    return InputError(
+        f"the chat template fails: {type(error).__name__}: {error}",
+        where=f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}, on {where or 'a prompt'}",
+        expected="a template that can write the conversation",
+    )
 
 
 def encode_prompts(tokenizer: Any, samples: Sequence[Sample]) -> list[np.ndarray]:

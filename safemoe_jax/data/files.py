@@ -12,7 +12,9 @@ import io
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +22,7 @@ from safemoe_jax.errors import InputError
 
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".txt")
 _COMPRESSIONS = (".gz", ".xz")
+_FILE_OR_HUB_ID = f"a file ({', '.join(_SUFFIXES)}) or a hub id owner/name"
 _HUB_ID = re.compile(r"^(?P<repo>[A-Za-z0-9][\w.\-]*/[\w.\-]+)(?::(?P<config>[\w.\-]+))?$")
 # The hub converts every public data set to parquet on this branch, as CONFIG/SPLIT/NNNN.parquet: one layout
 # for all.
@@ -50,8 +53,7 @@ def read_rows(path: str, split: str | None = None) -> list[Row]:
     Raises:
         InputError: no such file, unreadable, not UTF-8, malformed (with the line), empty.
     """
-    file = Path(path).expanduser()
-    if file.exists():
+    if (file := _existing(path)) is not None:
         rows = _read_file(file)
     elif match := _hub_match(path):
         rows = _read_hub(match["repo"], match["config"], split)
@@ -59,11 +61,22 @@ def read_rows(path: str, split: str | None = None) -> list[Row]:
         raise InputError(
             "no such data file",
             where=path,
-            expected=f"a file ({', '.join(_SUFFIXES)}) or a hub id owner/name",
+            expected=_FILE_OR_HUB_ID,
         )
     if not rows:
         raise InputError("the data file is empty", where=path, expected="at least one record")
     return [Row(row.value, index, row.place) for index, row in enumerate(rows)]
+
+
+def _existing(path: str) -> Path | None:
+    try:
+        file = Path(path).expanduser()
+        return file if file.exists() else None
+    except (OSError, RuntimeError) as error:  # a name too long, a folder closed to us; no such user's home
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"cannot look for the data file: {reason}", where=path, expected=_FILE_OR_HUB_ID
+        ) from error
 
 
 def _hub_match(path: str) -> re.Match[str] | None:
@@ -108,7 +121,7 @@ def _read_text(file: Path) -> str:
 
 def _parse_json(text: str, file: str) -> Iterator[Row]:
     try:
-        document = json.loads(text)
+        document = _loads(text, file)
     except json.JSONDecodeError as error:
         # A whole document on the first line and more behind it: JSON Lines under the name .json.
         if error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
@@ -131,11 +144,36 @@ def _parse_json_lines(text: str, file: str) -> Iterator[Row]:
     # Not splitlines(): it also breaks at U+2028 and form feeds, which may stand bare inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
+            place = f"{file}, line {number}"
             try:
-                value = json.loads(line)
+                value = _loads(line, place)
             except json.JSONDecodeError as error:
                 raise _malformed(error, file, number) from error
-            yield _row(value, number - 1, f"{file}, line {number}")
+            yield _row(value, number - 1, place)
+
+
+def _loads(text: str, where: str) -> Any:
+    """`json.loads`, which refuses two kinds of valid JSON without a JSONDecodeError.
+
+    Raises:
+        InputError: it is nested deeper than Python's stack, or has a number that Python does not convert.
+        json.JSONDecodeError: it is malformed.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise _too_deep(where) from error
+    except ValueError as error:
+        limit = sys.get_int_max_str_digits()
+        raise InputError(
+            "a number has too many digits", where=where, expected=f"at most {limit} digits, or text"
+        ) from error
+
+
+def _too_deep(where: str) -> InputError:
+    return InputError("JSON is nested too deep", where=where, expected="lists and objects a few levels deep")
 
 
 def _malformed(error: json.JSONDecodeError, file: str, line: int) -> InputError:
@@ -151,12 +189,31 @@ def _row(value: Any, index: int, place: str) -> Row:
         raise InputError(
             f"a record is a {type(value).__name__}", where=place, expected="an object or a string"
         )
+    _check_characters(value, place)
     return Row(value, index, place)
 
 
+def _check_characters(value: Any, place: str) -> None:
+    """JSON can escape half of a surrogate pair by itself, which no tokenizer takes and no file can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text holds half of a character, U+{ord(error.object[error.start]):04X}",
+            where=place,
+            expected="both halves of the surrogate pair, or neither",
+        ) from error
+    except RecursionError as error:  # writing takes a level more than reading did
+        raise _too_deep(place) from error
+
+
 def _parse_csv(text: str, file: str) -> Iterator[Row]:
+    # The library's limit of 131,072 characters a cell is one for the whole process. It guards against reading
+    # a file as one cell by mistake; here the text is in memory already.
+    limit = csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        _check_header(reader.fieldnames or (), file)
         for index, value in enumerate(reader):
             # line_num is the record's last line; cells may span several.
             breaks = sum(cell.count("\n") for cell in value.values() if isinstance(cell, str))
@@ -172,6 +229,19 @@ def _parse_csv(text: str, file: str) -> Iterator[Row]:
             where=f"{file}, line {reader.reader.line_num}",
             expected="quoted, comma-separated text",
         ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _check_header(names: Sequence[str], file: str) -> None:
+    """Of two columns of one name the second would hide the first. Nothing reads columns without a name."""
+    repeated = [name for name, count in Counter(names).items() if count > 1 and name]
+    if repeated:
+        raise InputError(
+            f"two columns have the name '{repeated[0]}'",
+            where=f"{file}, line 1",
+            expected="a header that names each column once",
+        )
 
 
 def _parse_plain(text: str, file: str) -> Iterator[Row]:

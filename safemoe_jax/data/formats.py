@@ -206,7 +206,8 @@ def _messages(row: Row) -> list[dict[str, str]]:
         if not isinstance(message, dict):
             raise InputError("a message is not an object", where=place, expected="role and content")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if role not in _ROLES or not isinstance(content, str) or not content.strip():
+        known = isinstance(role, str) and role in _ROLES
+        if not known or not isinstance(content, str) or not content.strip():
             raise InputError(
                 "a message lacks its role or its text",
                 where=place,

@@ -11,6 +11,8 @@ repeated.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from safemoe_jax.data.formats import Sample
@@ -31,8 +33,10 @@ def mix(parts: list[tuple[SourceConfig, list[Sample]]], seed: int) -> list[Sampl
         The samples of one epoch.
 
     Raises:
-        InputError: shares that do not add up, or a source with too few samples for its share.
+        InputError: no source, a source without samples, with too few for its share or with a share of less
+            than a sample; shares that do not add up; a negative seed.
     """
+    _check(parts, seed)
     counts = _counts([config for config, _ in parts], [len(samples) for _, samples in parts])
     mixture: list[Sample] = []
     for number, ((config, samples), count) in enumerate(zip(parts, counts, strict=True)):
@@ -46,6 +50,16 @@ def mix(parts: list[tuple[SourceConfig, list[Sample]]], seed: int) -> list[Sampl
         chosen = np.sort(generator.choice(len(samples), size=count, replace=False))
         mixture.extend(samples[i] for i in chosen)
     return mixture
+
+
+def _check(parts: list[tuple[SourceConfig, list[Sample]]], seed: int) -> None:
+    if not parts:
+        raise InputError("no source of samples is given", where="data", expected="at least one source")
+    for config, samples in parts:
+        if not samples:
+            raise InputError("the source has no samples", where=config.path, expected="at least one sample")
+    if seed < 0:
+        raise InputError(f"seed is {seed}", where="seed", expected="0 or more")
 
 
 def _counts(configs: list[SourceConfig], sizes: list[int]) -> list[int]:
@@ -70,8 +84,36 @@ def _counts(configs: list[SourceConfig], sizes: list[int]) -> list[int]:
                 expected="a sum of 1, or one source without a share",
             )
         total = min(size / share for size, share in zip(sizes, shares, strict=True) if share is not None)
-    # The tolerance keeps 0.1 * 1000 / (1 - 0.9) from becoming 999 or 1001 by binary rounding.
-    return [
-        size if share is None else int(share * total + 0.5 + _ROUNDING)
-        for size, share in zip(sizes, shares, strict=True)
+    counts = [
+        size if share is None else _rounded(share * total) for size, share in zip(sizes, shares, strict=True)
     ]
+    if 0 in counts:
+        config = configs[counts.index(0)]
+        # Where all have shares, the others must shrink when this one grows; in proportion, say.
+        rest = whole if None in shares else total * (1 - config.share)
+        others = total_share - config.share if None in shares else 0.0
+        raise InputError(
+            f"a share of {config.share:g} gives no sample of {total:.0f}",
+            where=config.path,
+            expected=f"a share of at least {_smallest_share(rest, others):g}, or the source left out",
+        )
+    return counts
+
+
+def _rounded(samples: float) -> int:
+    # The tolerance keeps 0.1 * 1000 / (1 - 0.9) from becoming 999 or 1001 by binary rounding.
+    return int(samples + 0.5 + _ROUNDING)
+
+
+def _smallest_share(rest: float, others: float) -> float:
+    """The smallest share that gives a sample, rounded up to four digits.
+
+    It is the s of s N = 1/2, the least that rounds to 1, in a mixture of N = rest / (1 - others - s) samples.
+
+    Args:
+        rest: samples of the sources that take what the shares leave.
+        others: sum of the other shares.
+    """
+    share = 0.5 * (1 - others) / (rest + 0.5)
+    digit = 10.0 ** (math.floor(math.log10(share)) - 3)
+    return math.ceil(share / digit - _ROUNDING) * digit

@@ -83,6 +83,7 @@ def _check(config: SourceConfig) -> None:
 
 
 def _select(rows: list[Row], config: SourceConfig) -> list[Row]:
+    given = len(rows)
     if config.where is not None:
         clauses = parse_where(config.where)
         rows = [row for row in rows if keep(row, clauses)]
@@ -90,7 +91,7 @@ def _select(rows: list[Row], config: SourceConfig) -> list[Row]:
     chosen = rows[config.skip : end]
     if not chosen:
         raise InputError(
-            f"no record is left of {len(rows)} after where and skip",
+            f"no record is left of {given} after where and skip",
             where=f"{config.path}, where: {config.where}, skip: {config.skip}",
             expected="a filter that keeps at least one record",
         )

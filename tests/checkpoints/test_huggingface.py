@@ -270,6 +270,18 @@ def test_missing_shard(references, tmp_path):
     refused(folder, "file not found", lost.name)
 
 
+@pytest.mark.parametrize("file", [3, None, ["a"], "", ".", "..", "../a.safetensors", "/a.safetensors", "b/a"])
+def test_an_index_names_files_of_its_folder(references, tmp_path, file):
+    folder = shutil.copytree(
+        references / "sharded", tmp_path / "model", ignore=lambda *_: ["expected.safetensors"]
+    )
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][QUERY] = file
+    path.write_text(json.dumps(index))
+    refused(folder, f"'{QUERY}' is in {file!r}", str(path), "the name of a file in this folder")
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_truncated_file(mha, keep):
     path = mha / "model.safetensors"
@@ -288,7 +300,12 @@ def test_no_weights(mha):
     refused(mha, "no weights", str(mha))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]"])
+DEEP, DIGITS = "[" * 100_000, '{"model_type": ' + "1" * 4301 + "}"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", DEEP, DIGITS], ids=["empty", "cut", "list", "deep", "digits"]
+)
 def test_malformed_config(mha, text):
     (mha / "config.json").write_text(text)
     refused(mha, "config.json")
@@ -315,6 +332,42 @@ def test_unsupported_dtype(mha):
     refused(mha, "'x' has dtype F8_E5M2")
     with pytest.raises(InputError, match="float16"):
         load_pretrained(mha, dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint8])
+@pytest.mark.parametrize("name", [EXPERT, "lm_head.weight"])
+def test_integers_are_no_weights(mha, rewrite, name, dtype):
+    """Codes of some quantisation, whose scales and order nothing here tells."""
+    rewrite(mha / "model.safetensors", lambda a: a.update({name: a[name].astype(dtype)}))
+    refused(mha, f"'{name}' holds integers ({np.dtype(dtype)})", "model.safetensors", "floats", "MXFP4")
+
+
+@pytest.mark.parametrize(
+    ("quantised", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"load_in_8bit": True}, "by a method without a name"),
+        ("mxfp4", "by a method without a name"),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_quantisation_that_is_not_read(mha, quantised, said, nested):
+    fields = json.loads((mha / "config.json").read_text())
+    described = {"quantization_config": quantised}
+    fields |= {"text_config": described} if nested else described
+    (mha / "config.json").write_text(json.dumps(fields))
+    refused(
+        mha, "weights are quantised by", said, str(mha / "config.json"), "quantization_config", "fp8", "mxfp4"
+    )
+
+
+@pytest.mark.parametrize("quantised", [None, {}, {"quant_method": "fp8", "weight_block_size": [128, 128]}])
+def test_a_config_may_name_a_quantisation_that_is_read(mha, quantised):
+    fields = json.loads((mha / "config.json").read_text())
+    (mha / "config.json").write_text(json.dumps({**fields, "quantization_config": quantised}))
+    assert load_pretrained(mha).config.n_layers == 2
 
 
 def test_tied_model_with_its_own_output_projection(references, tmp_path, rewrite):

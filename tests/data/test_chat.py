@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,27 @@ def test_a_prompt_that_does_not_begin_its_conversation(make_tokenizer: Callable[
     with pytest.raises(InputError, match="prompt does not begin its conversation") as caught:
         encode_sample(make_tokenizer(NOT_A_PREFIX), sample, 512)
     assert caught.value.where == "file.json, row 3"
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ('{{ 1 + "a" }}', "TypeError: unsupported operand"),
+        ("{{ messages[0].nothing.more }}", "UndefinedError: "),
+        ("{{ 1 +", "TemplateSyntaxError: unexpected 'end of template'"),
+        ("{{ messages | nothing }}", "TemplateAssertionError: No filter named 'nothing'"),
+    ],
+)
+@pytest.mark.parametrize("sample", SAMPLES[:2])
+def test_a_template_that_fails_is_blamed_itself(
+    make_tokenizer: Callable[..., Any], template: str, error: str, sample: Sample
+) -> None:
+    with pytest.raises(InputError) as caught:
+        encode_prompt(make_tokenizer(template), replace(sample, place="file.json, row 3"))
+    assert caught.value.what.startswith(f"the chat template fails: {error}")
+    assert caught.value.where.startswith("the chat template of ")
+    assert caught.value.where.endswith("on file.json, row 3")
+    assert "roles" not in caught.value.expected
 
 
 def test_refusals(tokenizer: Any, make_tokenizer: Callable[..., Any], tmp_path: Path) -> None:

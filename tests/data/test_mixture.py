@@ -40,7 +40,7 @@ def test_counts_and_no_repetition(parts: list[Part], counts: dict[str, int]) -> 
 def test_shares_hold_to_one_sample_for_any_sizes() -> None:
     generator = np.random.default_rng(0)
     for _ in range(200):
-        whole, share = int(generator.integers(1, 400)), float(generator.uniform(0.01, 0.6))
+        whole, share = int(generator.integers(50, 400)), float(generator.uniform(0.01, 0.6))
         mixture = mix([part("a", whole), part("b", 1000, share)], seed=0)
         assert abs(sum(s.source == "b" for s in mixture) - share * len(mixture)) <= 1
 
@@ -62,8 +62,50 @@ def test_a_partial_source_is_drawn_by_the_seed_from_all_of_it() -> None:
         ([part("a", 100), part("b", 500, 0.9)], "needs 900 samples and the source has 500"),
         ([part("a", 10), part("b", 5, 0.6), part("c", 5, 0.4)], "leave nothing"),
         ([part("a", 10, 0.5), part("b", 5, 0.4)], "they add up to 0.9"),
+        ([], "no source of samples is given"),
+        ([part("a", 10), part("b", 0, 0.1)], "the source has no samples"),
     ],
 )
 def test_shares_that_cannot_be(parts: list[Part], what: str) -> None:
     with pytest.raises(InputError, match=what):
         mix(parts, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("others", "share"),
+    [
+        ([part("a", 12)], 0.01),
+        ([part("a", 7), part("b", 50, 0.3)], 0.02),
+        ([part("a", 123_456)], 1e-6),
+        ([part("a", 30, 0.99)], 0.01),
+        ([part("a", 10, 0.5), part("b", 20, 0.49)], 0.01),
+    ],
+)
+def test_a_share_that_gives_nothing_names_the_smallest_that_gives_a_sample(
+    others: list[Part], share: float
+) -> None:
+    """Just that share gives one sample, and a little less none; where all shares add up to 1 the others
+    shrink in proportion."""
+    with pytest.raises(InputError, match=f"a share of {share:g} gives no sample") as caught:
+        mix([*others, part("small", 1000, share)], seed=0)
+    assert caught.value.where == "small"
+    smallest = float(caught.value.expected.split()[5].rstrip(","))
+
+    def given(share_now: float) -> int:
+        whole = any(config.share is None for config, _ in others)
+        shrink = 1.0 if whole else (1 - share_now) / (1 - share)
+        parts = [
+            (SourceConfig(c.path, share=None if c.share is None else c.share * shrink), s) for c, s in others
+        ]
+        mixture = mix([*parts, part("small", 1000, share_now)], seed=0)
+        return sum(sample.source == "small" for sample in mixture)
+
+    assert given(smallest) == 1
+    with pytest.raises(InputError, match="gives no sample"):
+        given(smallest * 0.99)
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(InputError, match="seed is -1") as caught:
+        mix([part("a", 3)], seed=-1)
+    assert caught.value.expected == "0 or more"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import csv
 import gzip
 import json
@@ -201,6 +203,7 @@ def test_where_refuses_anything_else(tmp_path: Path, where: str) -> None:
     assert where in caught.value.where and "FIELD == VALUE" in caught.value.expected
 
 
+DEEP = b"[" * 100_000 + b"]" * 100_000
 BAD_FILES = {
     "empty.json": (b"", "empty", "empty.json"),
     "blank.jsonl": (b"\n  \n", "empty", "blank.jsonl"),
@@ -210,10 +213,21 @@ BAD_FILES = {
     "cut.json": (b'[{"prompt": "a"},\n{"prompt": "b"', "malformed JSON", "cut.json, line 2"),
     "rest.json": (b'[\n{"prompt": "a"}\n]\nrest', "malformed JSON", "rest.json, line 4"),
     "bad.jsonl": (b'{"prompt": "a"}\n\n{"prompt": "b"\n', "malformed JSON", "bad.jsonl, line 3"),
+    "deep.json": (b'[{"prompt": ' + DEEP + b"}]", "nested too deep", "deep.json"),
+    "deep.jsonl": (b'"a"\n' + DEEP, "nested too deep", "deep.jsonl, line 2"),
+    "digits.json": (b'[{"prompt": "a", "n": ' + b"1" * 4301 + b"}]", "too many digits", "digits.json"),
+    "digits.jsonl": (b'"a"\n{"n": ' + b"1" * 4301 + b"}", "too many digits", "digits.jsonl, line 2"),
+    "half.jsonl": (
+        b'{"prompt": "a"}\n{"prompt": "b \\ud800"}\n', "half of a character, U+D800", "half.jsonl, line 2"
+    ),
+    "half_name.json": (b'["a", {"prompt": "b", "\\udfff": 1}]', "U+DFFF", "half_name.json, row 2"),
     "number.json": (b"3", "not a list", "number.json"),
     "numbers.json": (b'["a", 3]', "a record is a int", "numbers.json, row 2"),
     "latin.json": ('["Größe"]'.encode("latin-1"), "not UTF-8", "latin.json"),
     "cells.csv": (b'prompt,response\n"a\nb",c\nd,e,f\n', "more cells", "cells.csv, line 4"),
+    "twice.csv": (
+        b"prompt,response,prompt\na,b,c\n", "two columns have the name 'prompt'", "twice.csv, line 1"
+    ),
     "quote.csv": (b'prompt,response\na,"b\n', "malformed CSV", "quote.csv, line 2"),
     "bad.parquet": (b"PAR1 not really", "cannot read the parquet file", "bad.parquet"),
     "bad.jsonl.gz": (b"not gzip", "cannot read", "bad.jsonl.gz"),
@@ -242,6 +256,11 @@ BAD_FILES = {
         "lacks its role",
         "row 1, field 'messages', message 2",
     ),
+    "role_list.json": (
+        b'[{"messages": [{"role": ["user"], "content": "a"}]}]',
+        "lacks its role",
+        "row 1, field 'messages', message 1",
+    ),
     "blank_prompt.json": (b'["a", " "]', "a prompt is empty", "row 2"),
 }  # fmt: skip
 
@@ -255,6 +274,44 @@ def test_bad_files_say_what_and_where(tmp_path: Path, name: str) -> None:
     assert what in caught.value.what
     assert where in caught.value.where and name in caught.value.where
     assert caught.value.expected
+
+
+def test_no_depth_of_nesting_is_a_traceback(tmp_path: Path) -> None:
+    """Around the depth that Python's stack allows: reading a record and writing it end at different ones."""
+
+    def too_deep(depth: int) -> bool:
+        try:
+            json.loads("[" * depth + "]" * depth)
+        except RecursionError:
+            return True
+        return False
+
+    border = bisect.bisect_left(range(100_000), True, key=too_deep)
+    file = tmp_path / "a.jsonl"
+    for depth in range(border - 60, border):
+        file.write_text('{"prompt": "a", "x": ' + "[" * depth + "]" * depth + "}")
+        with contextlib.suppress(InputError):
+            assert len(read_source(SourceConfig(str(file)))) == 1
+
+
+def test_a_pair_of_escapes_is_one_character_and_an_escaped_backslash_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'"\ud83d\ude42 and \\ud800"')
+    (sample,) = read_source(SourceConfig(str(tmp_path / "a.jsonl")))
+    assert sample.user == "\N{SLIGHTLY SMILING FACE} and \\ud800"
+
+
+def test_a_cell_of_a_table_may_be_as_long_as_a_record_of_json(tmp_path: Path) -> None:
+    """The csv library's own limit is 131,072 characters a cell; it is there again afterwards."""
+    limit, rows = csv.field_size_limit(), [{"prompt": "a" * 300_000, "response": "b"}]
+    (sample,) = read_source(SourceConfig(write_csv(tmp_path / "a.csv", rows)))
+    assert sample.user == rows[0]["prompt"] and csv.field_size_limit() == limit
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    """Spreadsheets write the empty columns behind a table; no format reads a column without a name."""
+    (tmp_path / "a.csv").write_text("prompt,response,,\na,b,,\n")
+    (sample,) = read_source(SourceConfig(str(tmp_path / "a.csv")))
+    assert (sample.user, sample.answer) == ("a", "b")
 
 
 def test_an_empty_field_hints_at_the_filter_that_helps(tmp_path: Path) -> None:
@@ -274,7 +331,7 @@ def test_an_empty_field_hints_at_the_filter_that_helps(tmp_path: Path) -> None:
         ({"skip": -1}, "skip is -1"),
         ({"share": 1.5}, "share is 1.5"),
         ({"skip": 5}, "no record is left of 5"),
-        ({"where": "label == 'z'"}, "no record is left of 0"),
+        ({"where": "label == 'z'"}, "no record is left of 5"),
         ({"where": "nothing == 1"}, "a field that the record lacks"),
         ({"format": "samsum"}, "field is missing"),
     ],
@@ -291,6 +348,16 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(path: str) -> None:
     with pytest.raises(InputError, match="no such data file") as caught:
         read_source(SourceConfig(path))
     assert path in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("a" * 256 + ".json", "File name too long"), ("~nobody-of-this-name/a.json", "home directory")],
+)
+def test_a_path_that_the_system_refuses(path: str, reason: str) -> None:
+    with pytest.raises(InputError, match=f"cannot look for the data file: .*{reason}") as caught:
+        read_source(SourceConfig(path))
+    assert caught.value.where == path and "hub id" in caught.value.expected
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
