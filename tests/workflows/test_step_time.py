@@ -19,7 +19,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def plan(world):
     """A run of the published defence over 18 samples, 4 a batch."""
-    return plan_run(world.train_config("never", defence=world.defence("safemoe"), epochs=1.0))[0]
+    return plan_run(world.train_config("never", defence=world.defence("safemoe", t_reg=2), epochs=1.0))[0]
 
 
 @pytest.fixture
