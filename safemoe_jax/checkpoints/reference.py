@@ -299,7 +299,6 @@ def check_matches(
     config: ModelConfig,
     model_fingerprint: str | None = None,
     tokenizer: Any = None,
-    prompts: Sequence[np.ndarray] | None = None,
     where: str = "",
 ) -> None:
     """Refuses a reference made for something else. What is not given is not compared.
@@ -309,11 +308,10 @@ def check_matches(
         config: the model to be trained; its layers and experts are always compared.
         model_fingerprint: `fingerprint` of that model before training.
         tokenizer: its tokenizer.
-        prompts: the prompts that the run expects in the file, tokenised.
         where: the reference file, for messages.
 
     Raises:
-        InputError: says which of model, tokenizer or prompts is another one.
+        InputError: says which of model and tokenizer is another one.
     """
     layers, _, experts = reference.router_logits.shape
     pairs: Mapping[str, tuple[object, object]] = {
@@ -323,14 +321,13 @@ def check_matches(
             reference.tokenizer_fingerprint,
             None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         ),
-        "prompt set": (reference.prompts_hash, None if prompts is None else hash_prompts(prompts)),
     }
     for what, (stored, current) in pairs.items():
         if current is not None and stored != current:
             raise InputError(
                 f"the reference was made for another {what}: {_short(stored)}, here {_short(current)}",
                 where=where or f"reference of {reference.model or 'an unknown model'}",
-                expected="a reference made by `safemoe reference` with this model, tokenizer and prompts",
+                expected="a reference made by `safemoe reference` with this model and tokenizer",
             )
 
 

@@ -96,10 +96,10 @@ class TrainConfig:
             pretrained weights only; null holds them in dtype.
         lora: adapters; null trains every parameter.
         optimizer: AdamW and its schedule.
+        defence: what keeps the model safe.
         prompts: the harmful prompts that the defence's reference must have been made of, as given to `safemoe
             reference`; null takes the file as it is.
         benign: the same for its benign prompts.
-        defence: what keeps the model safe.
         mesh: devices for each kind of parallelism.
         remat: full recomputes a layer's activations in the backward pass, to save memory.
         experts: kernel of the expert layers; auto chooses by the platform.

@@ -64,7 +64,7 @@ class Plan:
         defence: its hooks.
         epoch_ends: numbers of finished task steps at which an epoch ends.
         name_samples: numbers from `pipeline.sample_ids` -> text for a message.
-        inputs: fingerprints of what the run reads (`run_folder.check_inputs`).
+        inputs: fingerprints of what the run reads (`inputs.check_inputs`).
     """
 
     config: TrainConfig
