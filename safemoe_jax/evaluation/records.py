@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safemoe_jax.checkpoints.atomic import new_file
+from safemoe_jax.checkpoints.huggingface import read_json
 from safemoe_jax.errors import InputError
 
 
@@ -61,12 +62,4 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is not a JSON object.
     """
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"malformed JSON: {error}", where=str(path), expected="results of a run") from error
-    if not isinstance(found, dict):
-        raise InputError("not a JSON object", where=str(path), expected="results of a run")
-    return found
+    return read_json(path) if path.exists() else {}

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import yaml
 
+from safemoe_jax.checkpoints import huggingface
 from safemoe_jax.checkpoints.atomic import new_file
-from safemoe_jax.checkpoints.huggingface import list_checkpoint
 from safemoe_jax.checkpoints.safetensors_files import list_tensors
 from safemoe_jax.errors import InputError
 from safemoe_jax.training.config import TrainConfig, identity, to_dict
@@ -132,20 +132,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is not a JSON object.
     """
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, "JSON") from error
-    if not isinstance(value, dict):
-        raise _damaged(path, "JSON")
-    return value
+    return huggingface.read_json(path) if path.exists() else {}
 
 
-def _damaged(path: Path, language: str) -> InputError:
+def _damaged(path: Path) -> InputError:
     return InputError(
-        f"a file of the run folder is damaged: not {language}, or not a mapping",
+        "a file of the run folder is damaged: not YAML, or not a mapping",
         where=str(path),
         expected="the file that the run wrote; nothing was changed",
     )
@@ -163,7 +155,7 @@ def is_whole(folder: Path) -> bool:
 
 _SAVED = {
     "adapter": ("adapter_config.json", lambda folder: list_tensors(folder / "adapter_model.safetensors")),
-    "model": ("config.json", list_checkpoint),
+    "model": ("config.json", huggingface.list_checkpoint),
 }
 
 
@@ -211,9 +203,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _damaged(path, "YAML") from error
+        raise _damaged(path) from error
     if not isinstance(value, dict):
-        raise _damaged(path, "YAML")
+        raise _damaged(path)
     return value
 
 

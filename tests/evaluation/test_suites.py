@@ -108,5 +108,5 @@ def test_results_are_added_and_other_settings_refused(tmp_path):
     with pytest.raises(InputError, match="other settings \\(model\\)"):
         check_free(tmp_path, "evaluation", settings | {"model": "b"})
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(InputError, match="malformed"):
+    with pytest.raises(InputError, match="results.json cannot be read"):
         check_free(tmp_path, "evaluation", settings)
