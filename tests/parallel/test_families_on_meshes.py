@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.families_on_meshes import MESHES, NETWORKS, ROUNDED
+from tests.parallel.families_on_meshes import MESHES, NETWORKS, ROUNDED, cases
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,7 @@ def report(repository: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(("network", "mesh"), cases(NETWORKS))
 def test_logits_loss_and_gradients_equal_those_of_one_device(report, network, mesh):
     differences = report["differences"][f"{network}; {mesh}"]
     assert {"logits", "router_logits", "loss", "load_balancing", "embed.embedding"} <= differences.keys()
@@ -39,8 +38,7 @@ def test_logits_loss_and_gradients_equal_those_of_one_device(report, network, me
     assert report["shards"][f"{network}; {mesh}"] == sizes.fsdp * sizes.expert * sizes.tensor
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("network", ROUNDED)
+@pytest.mark.parametrize(("network", "mesh"), cases(ROUNDED))
 def test_a_network_read_into_few_bits_is_that_of_one_device(report, network, mesh):
     """Its frozen weights bit for bit; logits, losses and the gradient of every adapter closely."""
     case, sizes, (_, lora) = f"{network}; {mesh}", MESHES[mesh], ROUNDED[network]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from pathlib import Path
 
 import jax
@@ -29,7 +28,7 @@ from safemoe_jax.models.quantisation import dequantise_params
 from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.training.config import TrainConfig, to_dict
 from safemoe_jax.workflows.train import finetune
-from tests.training.tiny import World, make_world
+from tests.training.tiny import HARMFUL_TEXTS, World, make_world
 
 TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12)
 
@@ -39,9 +38,14 @@ class Interrupted(Exception):
 
 
 def run_config(world: World, output: Path, **changes) -> TrainConfig:
-    """Some ten task steps, with routing passes that hold on to a reference made in floats."""
-    defence = world.defence("safemoe", t_reg=3)
-    return world.train_config(str(output), defence=defence, **{"quantisation": "int8"} | changes)
+    """Nine task steps, with routing passes that hold on to a reference made in floats."""
+    fields = {
+        "quantisation": "int8",
+        "epochs": 1.0,
+        "batch_size": 2,
+        "defence": world.defence("safemoe", t_reg=3),
+    }
+    return world.train_config(str(output), **fields | changes)
 
 
 def run(*arguments: object) -> int:
@@ -62,8 +66,9 @@ def final_bytes(folder: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory) -> World:
-    """Inputs whose model has widths that blocks of 64 divide."""
-    return make_world(tmp_path_factory.mktemp("wide"), d_model=64, expert_dim=64)
+    """Inputs whose model has widths that blocks of 64 divide. Its experts get few rows each, for which there
+    is one size of block to compile and not three."""
+    return make_world(tmp_path_factory.mktemp("wide"), d_model=64, expert_dim=64, n_experts=32)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +77,9 @@ def floats(wide: World, tmp_path_factory) -> Path:
     return finetune(run_config(wide, tmp_path_factory.mktemp("floats") / "run", quantisation=None)).run_dir
 
 
-@pytest.fixture(scope="module", params=typing.get_args(Quantisation))
+# Programs for each take long to compile. The third, int4, differs from int4-64 in the size of a block alone:
+# `test_mesh.py` has a run of it by the command.
+@pytest.fixture(scope="module", params=["int8", "int4-64"])
 def method(request) -> Quantisation:
     """How the base is held."""
     return request.param
@@ -150,7 +157,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(wide, whole, method, tmp_pat
     assert final_bytes(result.run_dir) == final_bytes(whole)
 
 
-@only("int4")
+@only("int4-64")
 def test_the_merged_export_has_the_checkpoint_s_own_weights(wide, whole, method, tmp_path):
     arguments = ["--model", wide.model, "--adapter", whole / "adapter"]
     for form in ("merged", "adapter"):
@@ -168,7 +175,7 @@ def test_the_merged_export_has_the_checkpoint_s_own_weights(wide, whole, method,
         np.testing.assert_array_equal(copied[name], value, err_msg=name)
 
 
-@only("int4")
+@only("int4-64")
 def test_the_commands_measure_it_as_they_measure_the_same_weights_in_floats(wide, whole, method, tmp_path):
     """Rounded weights and their adapter, against folders of floats that hold what they stand for."""
     held = ["--model", wide.model, "--adapter", whole / "adapter", "--quantisation", method]
@@ -191,7 +198,7 @@ def test_the_commands_measure_it_as_they_measure_the_same_weights_in_floats(wide
     assert min(found[0][2]) > 1e-4
 
 
-@only("int4")
+@only("int4-64")
 def test_a_model_in_floats_is_merged_and_then_rounded_once(wide, whole, method, tmp_path):
     """No adapted weight lies further than half a step from the sum in float64; others are the folder's."""
     model = load_pretrained(wide.model, adapter=whole / "adapter")
@@ -207,7 +214,7 @@ def test_a_model_in_floats_is_merged_and_then_rounded_once(wide, whole, method, 
         parts = (np.float64(model.params[stem + part]) for part in ("kernel", "lora_a", "lora_b"))
         kernel_RIO, a_RIr, b_RrO = parts
         wanted_RIO = kernel_RIO + model.config.lora.scale * a_RIr @ b_RrO
-        blocks_RBbO = wanted_RIO.reshape(len(wanted_RIO), -1, 32, wanted_RIO.shape[-1])
+        blocks_RBbO = wanted_RIO.reshape(len(wanted_RIO), -1, 64, wanted_RIO.shape[-1])
         step_RB1O = np.abs(blocks_RBbO).max(axis=-2, keepdims=True) / 7
         moved_RBbO = np.abs(np.reshape(back[stem + "kernel"], blocks_RBbO.shape) - blocks_RBbO)
         assert np.all(moved_RBbO <= 0.51 * step_RB1O)  # the scale itself has 8 bits
@@ -220,7 +227,8 @@ def test_a_reference_of_the_floats_or_of_the_rounded_model_is_right_and_of_anoth
     assert fingerprint_folder(wide.model, rounded.config) == floats
     assert fingerprint(rounded.config, rounded.params) != floats
     file, prompts = tmp_path / "rounded.safetensors", tmp_path / "prompts.jsonl"
-    prompts.write_text('{"instruction": "Say alder"}\n')
+    # As many prompts as the world's reference has: the run's programs are those of `whole`.
+    prompts.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in HARMFUL_TEXTS))
     arguments = ["--model", str(wide.model), "--output", str(file), "--prompts.path", str(prompts)]
     assert main(["reference", *arguments, "--quantisation", "int8", "--xla_cache", "off"]) == 0
     config = run_config(wide, tmp_path / "run", steps=4)

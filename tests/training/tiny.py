@@ -70,6 +70,7 @@ def make_world(
     vocab_size: int = 320,
     d_model: int = 16,
     expert_dim: int = 8,
+    n_experts: int = 4,
 ) -> World:
     """Writes everything into a folder, or describes what an earlier call wrote there."""
     rng = np.random.default_rng(0)
@@ -79,7 +80,7 @@ def make_world(
     model = folder / "model"
     config = ModelConfig(
         family="olmoe", vocab_size=vocab_size, d_model=d_model, n_layers=2, n_heads=n_heads,
-        n_kv_heads=n_heads, head_dim=d_model // n_heads, norm_eps=1e-5, n_experts=4, top_k=2,
+        n_kv_heads=n_heads, head_dim=d_model // n_heads, norm_eps=1e-5, n_experts=n_experts, top_k=2,
         expert_dim=expert_dim, qk_norm="full", initializer_range=0.3,
     )  # fmt: skip
     params = initialise(declare(config), jax.random.key(1), stddev=config.initializer_range)
