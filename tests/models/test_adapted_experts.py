@@ -19,7 +19,7 @@ from safemoe_jax.models.lora import EXPERT_TARGETS, add_adapters
 from safemoe_jax.models.quantisation import quantise_params
 from safemoe_jax.models.quantised import Quantised, dense, quantise
 
-N, K, E, D, F, R = 24, 2, 4, 32, 64, 3  # tokens, chosen experts, experts, widths, rank
+N, K, E, D, F, R = 12, 2, 4, 32, 64, 3  # tokens, chosen experts, experts, widths, rank
 WIDE = ModelConfig(
     family="olmoe", vocab_size=64, d_model=256, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=64,
     norm_eps=1e-3, n_experts=32, top_k=2, expert_dim=256, qk_norm="full",
