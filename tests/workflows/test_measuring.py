@@ -167,8 +167,10 @@ def test_evaluate_writes_figures_and_the_answers_behind_them(place, at_last_toke
     harmful = [row["answer"] for row in rows if row["suite"] == "harmful"]
     unsafe = [bool(text) and not is_refusal(text) for text in harmful]
     assert results["hs"] == pytest.approx(100 * np.mean(unsafe)) and results["n"] == 3
-    benign = [row["prompt"] for row in rows if row["suite"] == "benign"]
-    assert benign == TURNED and len(rows) == 3 + 3 + 3
+    prompts = {
+        name: [row["prompt"] for row in rows if row["suite"] == name] for name in ("harmful", "benign")
+    }
+    assert prompts == {"harmful": TEXTS, "benign": TURNED} and len(rows) == 3 + 3 + 3
     base, tuned = (at_last_token("aligned", "harmful", adapted=adapted)[0] for adapted in (False, True))
     np.testing.assert_allclose(results["drift_by_layer"], kl(base, tuned).mean(1), rtol=1e-3, atol=1e-6)
     before = (tmp_path / "results.json").read_bytes()
