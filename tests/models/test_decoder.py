@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,11 @@ from safemoe_jax.models import (
     declare,
     decode_step,
     forward,
-    initialise,
     prefill,
     routing_pass,
 )
 from safemoe_jax.models.kv_cache import Apart, Stacked
+from tests.models.drawn import draw_params
 from tests.models.numpy_decoder import decoder
 
 PLAIN = ModelConfig(
@@ -108,6 +109,9 @@ VARIANTS = {
 LENGTHS = (11, 7)
 
 run = jax.jit(forward, static_argnums=0, static_argnames="compute")
+run_routers = jax.jit(routing_pass, static_argnums=0)
+run_prompts = jax.jit(prefill, static_argnums=0, static_argnames="cache_length")
+run_step = jax.jit(decode_step, static_argnums=0)
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda name: name.replace(" ", "_"))
@@ -118,97 +122,90 @@ def config(request) -> ModelConfig:
 @cache
 def random_params(config: ModelConfig) -> dict[str, jax.Array]:
     """Random everywhere, norms and biases too, or a wrong one would not show."""
-    drawn = initialise(declare(config), jax.random.key(0), stddev=0.4)
-    keys = jax.random.split(jax.random.key(1), len(drawn))
-    return {
-        name: value + 0.3 * jax.random.normal(key, value.shape) if value.ndim < 3 else value
-        for key, (name, value) in zip(keys, sorted(drawn.items()), strict=True)
-    }
+    return draw_params(config, vectors=0.3)
 
 
 @cache
-def rows(config: ModelConfig) -> tuple[jax.Array, jax.Array, tuple]:
+def rows(config: ModelConfig) -> tuple[np.ndarray, np.ndarray, tuple]:
     """Right-padded rows, their mask, and logits and router logits of each from NumPy."""
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (len(LENGTHS), max(LENGTHS)))
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (len(LENGTHS), max(LENGTHS)), np.int32)
     mask = np.arange(max(LENGTHS)) < np.asarray(LENGTHS)[:, None]
     params = random_params(config)
     alone = tuple(decoder(config, params, row[:n]) for row, n in zip(tokens, LENGTHS, strict=True))
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask, jnp.int32), alone
+    return tokens, mask.astype(np.int32), alone
 
 
 def close(got, wanted) -> None:
     np.testing.assert_allclose(got, wanted, atol=3e-5, rtol=1e-4)
 
 
-def test_right_padded_rows(config):
-    tokens, mask, alone = rows(config)
-    out = run(config, Weights.of(random_params(config)), tokens, attention_mask=mask)
-    assert out.router_logits.shape == (config.n_moe_layers, *tokens.shape, config.n_experts)
-    for row, (n, (logits, routers)) in enumerate(zip(LENGTHS, alone, strict=True)):
-        close(out.logits[row, :n], logits)
-        close(out.router_logits[:, row, :n], routers)
+def test_packed_samples_and_right_padded_rows(config):
+    """Windows, chunks and temperature count positions within the sample, not within the row.
 
-
-def test_packed_samples(config):
-    """Windows, chunks and temperature count positions within the sample, not within the row."""
+    Both samples packed into the first row, and each in a padded row of its own: one program for all three.
+    """
     tokens, _, alone = rows(config)
-    packed = jnp.concatenate([row[:n] for row, n in zip(tokens, LENGTHS, strict=True)])[None]
-    packed = jnp.pad(packed, ((0, 0), (0, 2)))
-    samples = jnp.asarray([[1] * LENGTHS[0] + [2] * LENGTHS[1] + [0] * 2])
-    positions = jnp.asarray([[*range(LENGTHS[0]), *range(LENGTHS[1]), 0, 0]])
-    out = run(config, Weights.of(random_params(config)), packed, segment_ids=samples, positions=positions)
-    assert jnp.isfinite(out.logits).all()
-    start = 0
-    for n, (logits, routers) in zip(LENGTHS, alone, strict=True):
-        close(out.logits[0, start : start + n], logits)
-        close(out.router_logits[:, 0, start : start + n], routers)
-        start += n
+    n_packed = sum(LENGTHS) + 2
+    samples, packed, positions = np.zeros((3, 3, n_packed), np.int32)
+    places = [(0, 0), (0, LENGTHS[0]), (1, 0), (2, 0)]
+    for number, (row, start) in enumerate(places):
+        n = LENGTHS[number % 2]
+        packed[row, start : start + n] = tokens[number % 2, :n]
+        samples[row, start : start + n], positions[row, start : start + n] = 1 + start, np.arange(n)
+    positions[1:] = np.arange(n_packed)
+    weights = Weights.of(random_params(config))
+    out = run(config, weights, packed, segment_ids=samples, positions=positions)
+    assert out.router_logits.shape == (config.n_moe_layers, *packed.shape, config.n_experts)
+    assert np.isfinite(out.logits).all()
+    logits, routers = np.asarray(out.logits), np.asarray(out.router_logits)
+    for number, (row, start) in enumerate(places):
+        n, (logits_alone, routers_alone) = LENGTHS[number % 2], alone[number % 2]
+        close(logits[row, start : start + n], logits_alone)
+        close(routers[:, row, start : start + n], routers_alone)
 
 
-def stacked(place):
+def stacked(place: Apart) -> Stacked:
     """The form of the cache that other platforms than a CPU have."""
-    return Stacked(*(jnp.concatenate(arrays) for arrays in zip(*place.layers, strict=True)))
+    return Stacked(*(np.concatenate(arrays) for arrays in zip(*place.layers, strict=True)))
 
 
-@pytest.mark.parametrize("kind", [Stacked, Apart])
-def test_prefill_and_decoding_steps(config, kind):
+# The other form holds the same arrays: places with several layers, and latent ones of two segments, tell it.
+STACKED = ("every other layer slides, sinks, biases", "latent, low-rank queries, first layer dense")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, Apart) for name in VARIANTS), *((name, Stacked) for name in STACKED)]
+)
+def test_prefill_and_decoding_steps(name, kind):
     """Rows of unequal prompt length; decoded tokens lie behind the padding, at their rows' own positions."""
+    config = VARIANTS[name]
     tokens, _, alone = rows(config)
     prompts, prompt, steps = np.array([6, 3]), 6, 4
     slots = np.arange(prompt + steps)[None]
     weights = Weights.of(random_params(config))
-    mask = jnp.asarray(np.arange(prompt) < prompts[:, None], jnp.int32)
-    logits, state = jax.jit(prefill, static_argnums=0, static_argnames="cache_length")(
-        config, weights, tokens[:, :prompt], mask, cache_length=slots.size
-    )
+    mask = np.asarray(np.arange(prompt) < prompts[:, None], np.int32)
+    logits, state = run_prompts(config, weights, tokens[:, :prompt], mask, cache_length=slots.size)
     close(logits, np.stack([alone[row][0][n - 1] for row, n in enumerate(prompts)]))
     if kind is Stacked:
         state = state._replace(segments=tuple(tuple(map(stacked, places)) for places in state.segments))
-    step = jax.jit(decode_step, static_argnums=0)
     for j in range(steps):
         valid = (slots < prompts[:, None]) | ((slots >= prompt) & (slots <= prompt + j))
-        logits, state = step(
-            config,
-            weights,
-            tokens[np.arange(2), prompts + j],
-            jnp.asarray(prompts + j, jnp.int32),
-            jnp.int32(prompt + j),
-            state,
-            valid_BS=jnp.asarray(valid),
-        )
+        token, position = tokens[np.arange(2), prompts + j], np.int32(prompts + j)
+        slot = np.int32(prompt + j)
+        logits, state = run_step(config, weights, token, position, slot, state, valid_BS=valid)
         close(logits, np.stack([alone[row][0][n + j] for row, n in enumerate(prompts)]))
 
 
 def test_routing_pass(config):
     tokens, mask, alone = rows(config)
     weights = Weights.of(random_params(config))
-    got = jax.jit(routing_pass, static_argnums=0)(config, weights, tokens, attention_mask=mask)
+    got = np.asarray(run_routers(config, weights, tokens, attention_mask=mask))
     assert got.shape == (config.n_moe_layers, *tokens.shape, config.n_experts)
     for row, (n, (_, routers)) in enumerate(zip(LENGTHS, alone, strict=True)):
         close(got[:, row, :n], routers)
 
 
-PATTERNS = ("MDMDM", "DMMDMM", "MDDMDD", "DDMM", "MDD", "MM")
+PATTERNS = ("MDMDM", "DMMDMM", "MDDMDD", "DDMM", "MDD")
 
 
 def _pattern(kinds: str) -> ModelConfig:
@@ -219,58 +216,70 @@ def _pattern(kinds: str) -> ModelConfig:
 def test_routers_come_in_layer_order_whatever_the_pattern(kinds):
     """Forcing routers one by one moves exactly the layers behind the one that is forced."""
     config = _pattern(kinds)
-    params = random_params(config)
     tokens, _, alone = rows(config)
-    weights, row = Weights.of(params), tokens[:1]
-    out = run(config, weights, row)
-    close(out.router_logits[:, 0], alone[0][1])
-    passed = jax.jit(routing_pass, static_argnums=0)(config, weights, row)
-    close(passed, out.router_logits)
-    everywhere = jnp.ones(row.shape, bool)
+    weights, row = Weights.of(random_params(config)), tokens[:1]
+
+    def forced(router_logits: np.ndarray, tokens: bool) -> tuple[np.ndarray, np.ndarray]:
+        override = RoutingOverride(router_logits.astype(np.float32), np.full(row.shape, tokens))
+        out = run(config, weights, row, override=override)
+        return np.asarray(out.logits), np.asarray(out.router_logits)
+
+    wanted = alone[0][1][:, None]
+    logits, router_logits = forced(-wanted, False)  # on no token: the network's own
+    close(router_logits, wanted)
+    close(run_routers(config, weights, row), wanted)
     for layer in range(config.n_moe_layers):
-        forced = out.router_logits.at[layer].multiply(-1)
-        got = run(config, weights, row, override=RoutingOverride(forced, everywhere))
-        moved = np.abs(got.router_logits - out.router_logits).max((1, 2, 3)) > 1e-3
+        others = router_logits.copy()
+        others[layer] *= -1
+        got, got_routers = forced(others, True)
+        moved = np.abs(got_routers - router_logits).max((1, 2, 3)) > 1e-3
         assert moved.tolist() == [behind > layer for behind in range(config.n_moe_layers)]
-        assert jnp.abs(got.logits - out.logits).max() > 1e-3
+        assert np.abs(got - logits).max() > 1e-3
 
 
 def test_the_routing_pass_stops_at_the_last_router():
     """Nothing behind it is read: those layers' weights may hold anything."""
     config = _pattern("DMDMDD")
-    params, (tokens, _, _) = random_params(config), rows(config)
-    wanted = run(config, Weights.of(params), tokens).router_logits
-    spoilt = dict(params)
+    tokens, mask, alone = rows(config)
+    spoilt = {name: np.array(value) for name, value in random_params(config).items()}
     s_last = len(config.segments) - 1
     assert [segment.pattern for segment in config.segments] == [("dense", "moe"), ("dense",)]
-    for name in params:
+    for name, value in spoilt.items():
         if name.startswith((f"segments.{s_last}.", "final_norm", "lm_head")):
-            spoilt[name] = jnp.full_like(params[name], jnp.nan)
+            value[:] = np.nan
         if name.startswith("segments.0.1.moe.experts"):
-            spoilt[name] = params[name].at[-1].set(jnp.nan)
-    got = jax.jit(routing_pass, static_argnums=0)(config, Weights.of(spoilt), tokens)
-    close(got, wanted)
+            value[-1] = np.nan
+    got = np.asarray(run_routers(config, Weights.of(spoilt), tokens, attention_mask=mask))
+    for row, (n, (_, routers)) in enumerate(zip(LENGTHS, alone, strict=True)):
+        close(got[:, row, :n], routers)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_gradients_of_a_pattern_do_not_depend_on_the_split(remat):
-    """Of frozen and trainable parameters mixed within one layer, or of all of them trainable."""
+def _pattern_gradient(chosen: Any, compute: Compute) -> dict[str, np.ndarray]:
+    """Gradients of the parameters chosen, the others frozen."""
     config = VARIANTS["chunks, layers without positions, alternating kinds"]
     params, (tokens, mask, _) = random_params(config), rows(config)
-    chosen = {name for name in params if "q_proj" in name or "router" in name or "mlp.up" in name}
 
-    def loss(trainable, frozen, compute):
+    def loss(trainable, frozen):
         out = forward(config, Weights(frozen, trainable), tokens, attention_mask=mask, compute=compute)
         return jnp.square(out.logits).mean()
 
-    gradient = jax.jit(jax.grad(loss), static_argnums=2)
-    trainable = {name: params[name] for name in chosen}
-    frozen = {name: value for name, value in params.items() if name not in chosen}
-    some = gradient(trainable, frozen, Compute(remat=remat))
-    everything = gradient(params, {}, Compute(experts="dense"))
-    for name, value in some.items():
-        assert jnp.abs(value).max() > 1e-4, name
-        np.testing.assert_allclose(value, everything[name], atol=1e-5, rtol=1e-3)
+    trainable = {name: value for name, value in params.items() if chosen(name)}
+    frozen = {name: value for name, value in params.items() if not chosen(name)}
+    return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(trainable, frozen))
+
+
+@pytest.fixture(scope="module")
+def gradient_of_everything() -> dict[str, np.ndarray]:
+    return _pattern_gradient(lambda name: True, Compute(experts="dense"))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_gradients_of_a_pattern_do_not_depend_on_the_split(remat, gradient_of_everything):
+    """Of frozen and trainable parameters mixed within one layer, or of all of them trainable."""
+    chosen = lambda name: any(part in name for part in ("q_proj", "router", "mlp.up"))  # noqa: E731
+    for name, value in _pattern_gradient(chosen, Compute(remat=remat)).items():
+        assert np.abs(value).max() > 1e-4, name
+        np.testing.assert_allclose(value, gradient_of_everything[name], atol=1e-5, rtol=1e-3)
 
 
 def test_sinks_and_norms_have_the_gradient_of_a_finite_difference():
@@ -279,15 +288,19 @@ def test_sinks_and_norms_have_the_gradient_of_a_finite_difference():
     params, (tokens, mask, _) = random_params(config), rows(config)
 
     @jax.jit
+    @jax.value_and_grad
     def loss(changed):
         out = forward(config, Weights.of({**params, **changed}), tokens, attention_mask=mask)
         return jnp.square(out.logits).mean()
 
-    for name in ("segments.0.0.attention.sinks", "segments.0.0.input_norm.scale"):
-        direction = jax.random.normal(jax.random.key(3), params[name].shape)
-        slope = jnp.vdot(jax.grad(loss)({name: params[name]})[name], direction)
-        up, down = (loss({name: params[name] + step * direction}) for step in (1e-2, -1e-2))
-        np.testing.assert_allclose(slope, (up - down) / 2e-2, rtol=2e-2)
+    names = ("segments.0.0.attention.sinks", "segments.0.0.input_norm.scale")
+    start = {name: np.asarray(params[name]) for name in names}
+    gradient = loss(start)[1]
+    for name in names:
+        direction = np.random.default_rng(4).normal(size=start[name].shape).astype(np.float32)
+        up, down = (loss({**start, name: start[name] + step * direction})[0] for step in (5e-3, -5e-3))
+        slope = np.vdot(gradient[name], direction)
+        np.testing.assert_allclose(slope, (float(up) - float(down)) / 1e-2, rtol=2e-2)
 
 
 def test_latent_attention_refuses_what_it_does_not_have():

@@ -5,15 +5,17 @@ Nothing is differentiated here, so that `expert_ffn` takes this form where the n
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from safemoe_jax.models.activation import Activation
+from safemoe_jax.models.activation import SILU, Activation
 from safemoe_jax.models.adapted import Adapted
 from safemoe_jax.models.expert_blocks import blocks_ffn
-from safemoe_jax.models.expert_layout import sort_pairs
+from safemoe_jax.models.expert_layout import Pairs, sort_pairs
 from safemoe_jax.models.expert_slots import few_rows
 from safemoe_jax.models.expert_stack import Stack
 from safemoe_jax.models.grouped_matmul import expert_ffn
@@ -26,14 +28,20 @@ TOKENS = 10
 """Five rows an expert on average, of its eight slots."""
 
 
-def values(arrays, first=LAYER * E, n_experts=E, **variant) -> jax.Array:
+@partial(jax.jit, static_argnames=("first", "n_experts", "activation", "scale_input"))
+def values(arrays, biases=None, *, first=LAYER * E, n_experts=E, activation=SILU, scale_input=False):
     """y alone."""
-    call = lambda *a: expert_ffn(*a, first_group=first, n_experts=n_experts, kernel="blocks", **variant)  # noqa: E731
-    return jax.jit(call)(*map(jnp.asarray, arrays))
+    return expert_ffn(
+        *arrays, first_group=first, n_experts=n_experts, kernel="blocks", biases=biases,
+        activation=activation, scale_input=scale_input,
+    )  # fmt: skip
 
 
 def test_form_follows_the_rows_of_an_expert():
-    pairs = lambda tokens: sort_pairs(jnp.zeros((tokens, K), jnp.int32), E)  # noqa: E731
+    def pairs(tokens: int) -> Pairs:
+        experts_TK = jax.ShapeDtypeStruct((tokens, K), jnp.int32)
+        return jax.eval_shape(lambda experts_TK: sort_pairs(experts_TK, E), experts_TK)
+
     assert [few_rows(pairs(tokens)) for tokens in (5, 6, TOKENS, 11)] == [False, True, True, False]
 
 
@@ -68,7 +76,7 @@ def test_an_expert_that_overflows_spoils_only_its_own_tokens():
     arrays[5][LAYER * E + 2] = np.inf
     uses_it = (arrays[2] == 2).any(1)
     assert 0 < uses_it.sum() < TOKENS
-    np.testing.assert_array_equal(np.isfinite(np.asarray(values(arrays))).all(1), ~uses_it)
+    np.testing.assert_array_equal(np.isfinite(values(arrays)).all(1), ~uses_it)
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
@@ -76,17 +84,17 @@ def test_variants_match_the_loop_by_hand(name):
     variant = variants.VARIANTS[name]
     # Weighted inputs make each pair a token of its own, which leaves the number of rows as it is.
     experts_TK, floats = variants.problem(0, variant["bias"], TOKENS)
-    arrays, biases = [*floats[:2], experts_TK, *floats[2:5]], tuple(map(jnp.asarray, floats[5:])) or None
+    arrays, biases = [*floats[:2], experts_TK, *floats[2:5]], tuple(floats[5:]) or None
     activation = Activation(variant["kind"], variants.LIMIT, variants.ALPHA)
-    found = values(arrays, biases=biases, activation=activation, scale_input=variant["scale_input"])
+    found = values(arrays, biases, activation=activation, scale_input=variant["scale_input"])
     wanted = variants.by_hand(experts_TK, floats, variant["kind"], variant["scale_input"])
     assert_close(found, wanted, 2e-6)
 
 
 def test_bfloat16_is_as_close_as_its_mantissa_allows():
     arrays = plain.problem(5, tokens=TOKENS)
-    rounded = [jnp.asarray(a) if a.dtype == np.int32 else jnp.asarray(a, jnp.bfloat16) for a in arrays]
-    exact = [np.asarray(a) if a.dtype == jnp.int32 else np.asarray(a, np.float32) for a in rounded]
+    rounded = [a if a.dtype == np.int32 else a.astype(jnp.bfloat16) for a in arrays]
+    exact = [a if a.dtype == np.int32 else a.astype(np.float32) for a in rounded]
     found = values(rounded)
     assert found.dtype == jnp.bfloat16
     assert_close(found, plain.by_hand(*exact, np.zeros((TOKENS, D), np.float32))[0], 2e-2)
@@ -96,30 +104,36 @@ def test_bfloat16_is_as_close_as_its_mantissa_allows():
 def test_rounded_and_adapted_weights_count_as_their_sums(quantisation):
     """Gate rounded, up rounded with an update, down in floats with an update."""
     rng = np.random.default_rng(3)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32) / 4  # noqa: E731
+    normal = lambda *shape: np.float32(rng.normal(size=shape) / 4)  # noqa: E731
     gate, up, down = normal(L * E, 32, 64), normal(L * E, 32, 64), normal(L * E, 64, 32)
     a_up, b_up, a_down, b_down = normal(E, 32, 2), normal(E, 2, 64), normal(E, 64, 2), normal(E, 2, 32)
-    gate, up = quantise(gate, quantisation), quantise(up, quantisation)
+    gate, up = (jax.jit(quantise, static_argnums=1)(weight, quantisation) for weight in (gate, up))
     _, weights_TK, experts_TK, *_ = map(jnp.asarray, plain.problem(4, tokens=TOKENS))
     stack = Stack(gate, Adapted(up, a_up, b_up), Adapted(down, a_down, b_down))
     layer = slice(LAYER * E, LAYER * E + E)  # factors are those of the layer, bases those of all layers
-    up_sum = dense(up, "float32").at[layer].add(a_up @ b_up)
-    sums = Stack(dense(gate, "float32"), up_sum, down.at[layer].add(a_down @ b_down))
-    run = lambda stack: blocks_ffn(x_TD, weights_TK, experts_TK, stack, LAYER * E, E, Activation())  # noqa: E731
-    x_TD = normal(TOKENS, 32)
-    with_gradients, _ = jax.vjp(run, sums)  # the loop over blocks
-    np.testing.assert_allclose(run(stack), with_gradients, atol=1e-5)
+    gate_sum, up_sum = (np.array(jax.jit(dense, static_argnums=1)(w, "float32")) for w in (gate, up))
+    up_sum[layer] += a_up @ b_up
+    down_sum = down.copy()
+    down_sum[layer] += a_down @ b_down
+    x_TD, activation = jnp.asarray(normal(TOKENS, 32)), Activation()
+
+    def run(stack: Stack) -> jax.Array:
+        return blocks_ffn(x_TD, weights_TK, experts_TK, stack, LAYER * E, E, activation)
+
+    # What is differentiated takes the loop over blocks.
+    with_gradients = jax.jit(lambda sums: jax.vjp(run, sums)[0])(Stack(gate_sum, up_sum, down_sum))
+    np.testing.assert_allclose(jax.jit(run)(stack), with_gradients, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stack_of_layers_is_neither_copied_nor_converted(dtype):
-    x_TD, weights_TK, experts_TK, *stack = map(jnp.asarray, plain.problem(10, tokens=TOKENS))
-    wide = [jnp.tile(w, (16, 8, 8)).astype(dtype) for w in stack]
+    x_TD, weights_TK, experts_TK, *stack = plain.problem(10, tokens=TOKENS)
+    wide = [np.tile(w, (16, 8, 8)).astype(jnp.dtype(dtype)) for w in stack]
 
     def forward(x, weights, experts, *stack):
         return expert_ffn(x, weights, experts, *stack, first_group=4, n_experts=E, kernel="blocks")
 
-    x_TD = jnp.tile(x_TD, (1, 8)).astype(dtype)
+    x_TD = np.tile(x_TD, (1, 8)).astype(jnp.dtype(dtype))
     compiled = jax.jit(forward).lower(x_TD, weights_TK, experts_TK, *wide).compile()
     smallest_copy = wide[0].size * 2  # one of the three weight stacks in bfloat16
     assert compiled.memory_analysis().temp_size_in_bytes < smallest_copy

@@ -8,11 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from safemoe_jax.models import LoraConfig, ModelConfig, declare, initialise
-from safemoe_jax.models.lora import _add_update, add_adapters, merge_adapters
+from safemoe_jax.models import LoraConfig, ModelConfig, declare
+from safemoe_jax.models.lora import _add_update, merge_adapters, with_adapters
 from safemoe_jax.models.params import is_adapter
 from safemoe_jax.models.quantisation import dequantise_params, quantise_params
 from safemoe_jax.models.quantised import Int8
+from tests.models.drawn import draw_params
 
 CONFIG = ModelConfig(
     family="olmoe", vocab_size=40, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16,
@@ -27,16 +28,18 @@ def adapted(method: str | None) -> tuple[ModelConfig, dict[str, jax.Array]]:
     Scales and factors have few bits, so that products are exact in float32: only the sum rounds, and the last
     rounding, whatever a compiler contracts.
     """
-    config, params = CONFIG, initialise(declare(CONFIG), jax.random.key(0), dtype="bfloat16", stddev=0.2)
+    half = lambda value: jnp.asarray(np.asarray(value).astype(jnp.bfloat16))  # noqa: E731
+    few_bits = lambda value: jnp.asarray(np.round(np.asarray(value) * 256) / 256)  # noqa: E731
+    config = CONFIG
+    params = {name: half(value) for name, value in draw_params(CONFIG, stddev=0.2).items()}
     if method is not None:
         config, params = quantise_params(config, params, method)
-    config, params = add_adapters(config, params, LORA, jax.random.key(1))
-    for i, (name, value) in enumerate(params.items()):
-        if is_adapter(name):
-            drawn = 0.1 * jax.random.normal(jax.random.key(i), value.shape)
-            params[name] = jnp.round(drawn * 256) / 256
-        elif name.endswith(".scales"):
-            params[name] = value.astype(jnp.bfloat16).astype(value.dtype)
+    for name, value in params.items():
+        if name.endswith(".scales"):
+            params[name] = jnp.asarray(np.asarray(half(value), value.dtype))
+    config = with_adapters(config, LORA)
+    factors = draw_params(with_adapters(CONFIG, LORA), 1, stddev=0.1, updates=0.1)
+    params |= {name: few_bits(value) for name, value in factors.items() if is_adapter(name)}
     return config, params
 
 
@@ -57,7 +60,7 @@ def update_of(params: dict[str, jax.Array], name: str) -> np.ndarray | float:
 def test_a_merged_weight_is_rounded_once(method):
     config, params = adapted(method)
     # With a float32 embedding, weights come back in float32.
-    table = {"embed.embedding": params["embed.embedding"].astype(jnp.float32)}
+    table = {"embed.embedding": jnp.asarray(np.asarray(params["embed.embedding"], np.float32))}
     _, floats = dequantise_params(config, params | table)
     merged_config, merged = merge_adapters(config, params)
     assert merged_config == CONFIG and merged.keys() == declare(CONFIG).keys()

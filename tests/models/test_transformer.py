@@ -20,13 +20,13 @@ from safemoe_jax.models import (
     decode_step,
     forward,
     hidden_states,
-    initialise,
     prefill,
     routing_pass,
     split_trainable,
 )
 from safemoe_jax.models.attention import attend
-from safemoe_jax.models.lora import add_adapters, merge_adapters
+from safemoe_jax.models.lora import merge_adapters
+from tests.models.drawn import draw_params
 
 CONFIG = ModelConfig(
     family="olmoe",
@@ -51,11 +51,11 @@ run = jax.jit(forward, static_argnums=0, static_argnames="compute")
 
 @pytest.fixture(scope="module")
 def params():
-    return initialise(declare(CONFIG), jax.random.key(0), stddev=0.4)
+    return draw_params(CONFIG)
 
 
-def _tokens(rows: int, length: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (rows, length)), jnp.int32)
+def _tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (rows, length), np.int32)
 
 
 def test_output_shapes_and_dtypes(params):
@@ -67,34 +67,36 @@ def test_output_shapes_and_dtypes(params):
 
 def test_packed_samples_equal_samples_alone(params):
     first, second = _tokens(1, 7, 1), _tokens(1, 4, 2)
-    packed = jnp.concatenate([first, second, jnp.zeros((1, 3), jnp.int32)], axis=1)
-    segments = jnp.asarray([[1] * 7 + [2] * 4 + [0] * 3])
-    positions = jnp.asarray([[*range(7), *range(4), *range(3)]])
+    packed = np.concatenate([first, second, np.zeros((1, 3), np.int32)], axis=1)
+    segments = np.asarray([[1] * 7 + [2] * 4 + [0] * 3])
+    positions = np.asarray([[*range(7), *range(4), *range(3)]])
     weights = Weights.of(params)
     out = run(CONFIG, weights, packed, segment_ids=segments, positions=positions)
+    logits, router_logits = np.asarray(out.logits), np.asarray(out.router_logits)
     for alone, start in ((first, 0), (second, 7)):
         expected = run(CONFIG, weights, alone)
         stop = start + alone.shape[1]
-        np.testing.assert_allclose(out.logits[:, start:stop], expected.logits, atol=1e-5)
-        np.testing.assert_allclose(out.router_logits[:, :, start:stop], expected.router_logits, atol=1e-5)
+        np.testing.assert_allclose(logits[:, start:stop], expected.logits, atol=1e-5)
+        np.testing.assert_allclose(router_logits[:, :, start:stop], expected.router_logits, atol=1e-5)
 
 
 def test_right_padding_changes_nothing_for_real_tokens(params):
-    tokens, weights = _tokens(1, 6), Weights.of(params)
-    padded = jnp.pad(tokens, ((0, 0), (0, 3)))
-    mask = jnp.asarray([[1] * 6 + [0] * 3])
+    tokens, weights = _tokens(1, 7), Weights.of(params)
+    padded = np.pad(tokens, ((0, 0), (0, 2)))
+    mask = np.asarray([[1] * 7 + [0] * 2])
     out = run(CONFIG, weights, padded, attention_mask=mask)
-    np.testing.assert_allclose(out.logits[:, :6], run(CONFIG, weights, tokens).logits, atol=1e-5)
+    alone = run(CONFIG, weights, tokens).logits
+    np.testing.assert_allclose(np.asarray(out.logits)[:, :7], alone, atol=1e-5)
 
 
 def test_cache_gives_the_logits_of_the_full_pass_for_rows_of_unequal_length(params):
     weights, tokens = Weights.of(params), _tokens(2, 9)
     lengths, prompt = np.array([5, 3]), 5
-    mask = jnp.asarray(np.arange(prompt)[None] < lengths[:, None], jnp.int32)
+    mask = np.asarray(np.arange(prompt)[None] < lengths[:, None], np.int32)
     logits, cache = jax.jit(prefill, static_argnums=0, static_argnames="cache_length")(
         CONFIG, weights, tokens[:, :prompt], mask, cache_length=9
     )
-    full = run(CONFIG, weights, tokens).logits
+    full = np.asarray(run(CONFIG, weights, tokens).logits)
     np.testing.assert_allclose(logits, full[np.arange(2), lengths - 1], atol=1e-5)
     step = jax.jit(decode_step, static_argnums=0)
     for j in range(3):
@@ -105,10 +107,10 @@ def test_cache_gives_the_logits_of_the_full_pass_for_rows_of_unequal_length(para
             CONFIG,
             weights,
             token,
-            jnp.asarray(lengths + j, jnp.int32),
-            jnp.int32(prompt + j),
+            np.int32(lengths + j),
+            np.int32(prompt + j),
             cache,
-            valid_BS=jnp.asarray(real),
+            valid_BS=real,
         )
         np.testing.assert_allclose(logits, full[np.arange(2), lengths + j], atol=1e-5)
 
@@ -144,42 +146,41 @@ def test_routing_pass_computes_neither_the_vocabulary_nor_the_last_experts():
 
 def test_override_with_the_models_own_logits_changes_nothing_and_with_others_does(params):
     tokens, weights = _tokens(2, 6), Weights.of(params)
-    out = run(CONFIG, weights, tokens)
-    everywhere = jnp.ones(tokens.shape, bool)
-    same = run(CONFIG, weights, tokens, override=RoutingOverride(out.router_logits, everywhere))
-    np.testing.assert_allclose(same.logits, out.logits, atol=1e-6)
-    other = RoutingOverride(-out.router_logits, everywhere.at[:, :-1].set(False))
-    forced = run(CONFIG, weights, tokens, override=other)
-    np.testing.assert_allclose(forced.logits[:, :-1], out.logits[:, :-1], atol=1e-6)
-    assert jnp.abs(forced.logits[:, -1] - out.logits[:, -1]).max() > 1e-2
+    own = run(CONFIG, weights, tokens)
+    logits, router_logits = np.asarray(own.logits), np.asarray(own.router_logits)
+    everywhere = np.ones(tokens.shape, bool)
+    same = run(CONFIG, weights, tokens, override=RoutingOverride(router_logits, everywhere))
+    np.testing.assert_allclose(same.logits, logits, atol=1e-6)
+    last = np.arange(tokens.shape[1]) == tokens.shape[1] - 1
+    other = RoutingOverride(-router_logits, everywhere & last)
+    forced = np.asarray(run(CONFIG, weights, tokens, override=other).logits)
+    np.testing.assert_allclose(forced[:, :-1], logits[:, :-1], atol=1e-6)
+    assert np.abs(forced[:, -1] - logits[:, -1]).max() > 1e-2
 
 
 def test_tied_embeddings_project_with_the_table():
     config = replace(CONFIG, tie_embeddings=True)
-    params = initialise(declare(config), jax.random.key(1), stddev=0.4)
+    params = draw_params(config, 1)
     assert "lm_head.kernel" not in params
     out = run(config, Weights.of(params), _tokens(1, 4))
-    np.testing.assert_allclose(out.logits, out.hidden @ params["embed.embedding"].T, rtol=1e-5, atol=1e-5)
+    expected = np.asarray(out.hidden) @ np.asarray(params["embed.embedding"]).T
+    np.testing.assert_allclose(out.logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["dense", "blocks"])
-def test_merged_adapters_give_the_logits_of_the_adapters(params, kernel):
+def test_merged_adapters_give_the_logits_of_the_adapters(params):
+    """By the plainest kernel; every kernel's adapters are those of the sum (`test_adapted_experts`)."""
     targets = ("q_proj", "o_proj", "gate", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-    config, adapted = add_adapters(CONFIG, params, LoraConfig(3, 6.0, targets), jax.random.key(2))
-    keys = jax.random.split(jax.random.key(3), len(adapted))
-    adapted = {
-        name: 0.3 * jax.random.normal(key, value.shape) if name.endswith("lora_b") else value
-        for key, (name, value) in zip(keys, sorted(adapted.items()), strict=True)
-    }
-    tokens, compute = _tokens(2, 6), Compute(experts=kernel)
-    with_adapters = run(config, Weights.of(adapted), tokens, compute=compute).logits
+    config = replace(CONFIG, lora=LoraConfig(3, 6.0, targets))
+    adapted = {**draw_params(config, 2, updates=0.3), **params}
+    tokens, compute = _tokens(2, 6), Compute(experts="dense")
+    with_adapters = np.asarray(run(config, Weights.of(adapted), tokens, compute=compute).logits)
     merged_config, merged = merge_adapters(config, adapted)
     assert merged_config == CONFIG and merged.keys() == params.keys()
     np.testing.assert_allclose(
         run(merged_config, Weights.of(merged), tokens, compute=compute).logits, with_adapters, atol=1e-4
     )
-    plain = run(CONFIG, Weights.of(params), tokens, compute=compute).logits
-    assert jnp.abs(with_adapters - plain).max() > 1e-2
+    plain = np.asarray(run(CONFIG, Weights.of(params), tokens, compute=compute).logits)
+    assert np.abs(with_adapters - plain).max() > 1e-2
 
 
 def test_lora_gradient_holds_no_copy_of_the_frozen_weights():
@@ -199,31 +200,37 @@ def test_lora_gradient_holds_no_copy_of_the_frozen_weights():
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 0.25 * frozen_bytes
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_gradients_do_not_depend_on_rematerialisation_or_on_the_split(params, remat):
-    """Adapter gradients with a frozen base equal those with everything trainable."""
-    config, adapted = add_adapters(CONFIG, params, LoraConfig(), jax.random.key(4))
-    weights, tokens = split_trainable(config, adapted), _tokens(2, 6)
+@pytest.fixture(scope="module")
+def gradient(params):
+    """The gradient of a loss of the adapted network, and its parameters."""
+    config = replace(CONFIG, lora=LoraConfig(targets=("q_proj", "v_proj")))
+    adapted, tokens = {**draw_params(config, 4), **params}, _tokens(2, 6)
 
     def loss(trainable, frozen, compute):
         return jnp.square(forward(config, Weights(frozen, trainable), tokens, compute=compute).logits).mean()
 
-    lora = jax.jit(jax.grad(loss), static_argnums=2)(weights.trainable, weights.frozen, Compute(remat=remat))
-    full = jax.jit(jax.grad(loss), static_argnums=2)(weights.merged(), {}, Compute(experts="dense"))
+    return jax.jit(jax.grad(loss), static_argnums=2), split_trainable(config, adapted)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_gradients_do_not_depend_on_rematerialisation_or_on_the_split(gradient, remat):
+    """Adapter gradients with a frozen base equal those with everything trainable."""
+    take, weights = gradient
+    lora = take(weights.trainable, weights.frozen, Compute(remat=remat))
+    full = take(weights.merged(), {}, Compute(experts="dense"))
     for name, value in lora.items():
         np.testing.assert_allclose(value, full[name], atol=1e-6)
-    assert any(jnp.abs(value).max() > 1e-4 for value in lora.values())
+    assert any(np.abs(value).max() > 1e-4 for value in lora.values())
 
 
 @pytest.mark.parametrize("length", [127, 300, 1100])
 def test_attention_in_blocks_is_softmax_attention(length):
     """Values and gradients against the textbook formula, packed rows and grouped heads."""
-    keys = jax.random.split(jax.random.key(5), 3)
-    q = jax.random.normal(keys[0], (2, length, 4, 8))
-    k, v = (jax.random.normal(key, (2, length, 2, 8)) for key in keys[1:])
-    columns, segments = jnp.arange(length), jnp.arange(length) // 90
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.normal(size=(2, length, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    columns, segments = np.arange(length), np.arange(length) // 90
     mask = (columns[:, None] >= columns) & (segments[:, None] == segments)
-    mask = jnp.broadcast_to(mask, (2, length, length))
+    mask = np.broadcast_to(mask, (2, length, length))
 
     def textbook(q, k, v):
         k, v = jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)
@@ -231,12 +238,20 @@ def test_attention_in_blocks_is_softmax_attention(length):
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
         return jnp.einsum("bhts,bshd->bthd", weights, v)
 
-    def sum_of_squares(function):
-        return jax.jit(jax.value_and_grad(lambda *a: jnp.square(function(*a)).sum(), argnums=(0, 1, 2)))
+    def value_and_gradients(function):
+        """Those of the sum of squares; the value is the function's own."""
 
-    ours, expected = sum_of_squares(lambda q, k, v: attend(q, k, v, mask)), sum_of_squares(textbook)
-    np.testing.assert_allclose(attend(q, k, v, mask), textbook(q, k, v), atol=1e-5)
-    for got, wanted in zip(ours(q, k, v)[1], expected(q, k, v)[1], strict=True):
+        def loss(*qkv):
+            y = function(*qkv)
+            return jnp.square(y).sum(), y
+
+        gradients, y = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return y, gradients
+
+    y, gradients = value_and_gradients(lambda q, k, v: attend(q, k, v, mask))
+    expected_y, expected = value_and_gradients(textbook)
+    np.testing.assert_allclose(y, expected_y, atol=1e-5)
+    for got, wanted in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
