@@ -21,6 +21,7 @@ from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation.batches import PromptBatch, batch_prompts
 from safemoe_jax.model import Model
 from safemoe_jax.models.config import Compute, ModelConfig
+from safemoe_jax.models.layer_views import with_layer_views
 from safemoe_jax.models.params import Weights
 from safemoe_jax.models.transformer import Cache, decode_step, prefill, routing_pass
 from safemoe_jax.parallel.mesh import BATCH_AXES, mesh_axis_sizes, named_sharding
@@ -84,7 +85,7 @@ def generate(
     """
     _check(model, max_new_tokens, temperature, override)
     stops = np.asarray(_stop_tokens(model) if stop_tokens is None else stop_tokens, np.int32)
-    weights = Weights.of(model.params)
+    weights = with_layer_views(model.config, Weights.of(model.params), model.compute)
     mesh = model.compute.mesh
     batches = batch_prompts(prompts, batch_size, mesh_axis_sizes(mesh, BATCH_AXES))
     answers: list[list[int]] = [[] for _ in prompts]

@@ -34,6 +34,11 @@ def base_of(weight: AnyWeight) -> Weight:
     return weight.base if isinstance(weight, Adapted) else weight
 
 
+def on_base(weight: AnyWeight, base: Weight) -> AnyWeight:
+    """Another weight with the same update, if any."""
+    return weight._replace(base=base) if isinstance(weight, Adapted) else base
+
+
 def shape_of(weight: AnyWeight) -> tuple[int, ...]:
     """[X, I, O] of the weight, however it is held."""
     return weight_shape(base_of(weight))

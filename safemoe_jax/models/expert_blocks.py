@@ -25,7 +25,7 @@ from safemoe_jax.models.activation import Activation
 from safemoe_jax.models.adapted import Adapted, AnyWeight, shape_of
 from safemoe_jax.models.expert_layout import Aligned, Blocks, Pairs, align, sort_pairs, weighted_sum
 from safemoe_jax.models.expert_slots import few_rows, slots_ffn
-from safemoe_jax.models.expert_stack import Stack
+from safemoe_jax.models.expert_stack import OwnArrays, Stack
 from safemoe_jax.models.expert_weight import gradients, project, project_back, take_one
 
 KEPT_NAME = "expert_pre_activations"
@@ -73,14 +73,18 @@ def blocks_ffn(
     first_group: jax.Array | int,
     n_experts: int,
     activation: Activation,
+    own: OwnArrays | None = None,
 ) -> jax.Array:
     """sum_k weights[t,k] * down_e(activation(gate_e x_t, up_e x_t)) with e = experts[t,k], [T,D] float32.
 
     Gradients reach x_TD, weights_TK and those parts of the stack that are being differentiated; for frozen
     weights nothing as large as a layer's experts is made, even where they have updates. Without
-    differentiation nothing is kept. Experts outside [0, n_experts) contribute zero.
+    differentiation nothing is kept. Experts outside [0, n_experts) contribute zero. With `own` nothing can
+    be differentiated.
     """
     pairs = sort_pairs(experts_TK, n_experts)
+    if own is not None and few_rows(pairs):
+        return slots_ffn(x_TD, weights_TK, stack, first_group, pairs, activation, own)
     return _ffn(x_TD, weights_TK, stack, jnp.asarray(first_group, jnp.int32), pairs, activation)
 
 

@@ -1,15 +1,18 @@
 """The experts' feed-forward for a few rows an expert, without gradients, on a CPU: what decoding needs.
 
-With a few rows for each of many experts the time goes into reading weights and into starting operations. So
-a turn computes the first `SLOTS` rows of several experts that lie side by side in the stack, in `CHAINS`
-products that do not wait for each other. What an expert has beyond that follows by itself. An expert without
-rows is multiplied in vain.
+With a few rows for each of many experts the time goes into reading weights and into starting operations.
+Where a layer's matrices are arrays of their own, the first `SLOTS` rows of all its experts are one product,
+which reads them where they lie. Out of a stack weights are copied first: there a turn computes these rows for
+several experts that lie side by side, in `CHAINS` products that do not wait for each other. What an expert
+has beyond that follows by itself. An expert without rows is multiplied in vain.
 
 Legend: T tokens, K experts a token (top-k), D model width, I inputs, O outputs, E experts, N experts that are
 multiplied together, S slots (rows) of an expert in a turn, R rows.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +21,11 @@ from jax import lax
 from safemoe_jax.models.activation import Activation
 from safemoe_jax.models.adapted import AnyWeight
 from safemoe_jax.models.expert_layout import Pairs
-from safemoe_jax.models.expert_stack import Stack
+from safemoe_jax.models.expert_stack import OwnArrays, Stack
 from safemoe_jax.models.expert_weight import project, take_several
 
 SLOTS = 8
-"""Rows of an expert in a turn. Measured: with 6 too many experts need a second turn, 12 compute too much."""
+"""Rows of an expert at a time. Measured: with 6 too many experts need a second turn, 12 compute too much."""
 
 CHAINS = 2
 """Products of a turn that are independent, each of two experts. Measured: one product of four experts takes a
@@ -42,60 +45,102 @@ def slots_ffn(
     first_group: jax.Array,
     pairs: Pairs,
     activation: Activation,
+    own: OwnArrays | None = None,
 ) -> jax.Array:
-    """What `expert_blocks.blocks_ffn` computes, [T,D] float32; not to be differentiated."""
-    n_tokens, top_k = weights_TK.shape
-    n_experts = pairs.counts_E.size
-    together = next(n for n in (2, 1) if n_experts % n == 0)
-    chains = CHAINS if n_experts // together % CHAINS == 0 else 1
-    start_E = jnp.cumsum(pairs.counts_E) - pairs.counts_E
-    more_E = jnp.maximum(-(-pairs.counts_E // SLOTS) - 1, 0)  # turns beyond the first
-    stop_E = jnp.cumsum(more_E)
+    """What `expert_blocks.blocks_ffn` computes, [T,D] float32; not to be differentiated.
 
-    def fill(
-        start_N: jax.Array, count_N: jax.Array, first_row: jax.Array | int
+    With `own`, float32 weights, only rows beyond the first slots copy any.
+    """
+    work = _Work(x_TD, weights_TK, pairs, activation)
+    if own is None:
+        y_TD = _first_rows_in_turns(work, stack, first_group)
+    else:
+        rows = own.read(stack, first_group, lambda layer: work.rows(*work.first_slots(), layer, 0, 0))
+        y_TD = _add(jnp.zeros(x_TD.shape, jnp.float32), [rows])
+    return _with_further_rows(y_TD, work, stack, first_group)
+
+
+class _Work(NamedTuple):
+    """The arguments of `slots_ffn` that all turns share."""
+
+    x_TD: jax.Array
+    weights_TK: jax.Array
+    pairs: Pairs
+    activation: Activation
+
+    def start_E(self) -> jax.Array:
+        """Where each expert's pairs begin."""
+        return jnp.cumsum(self.pairs.counts_E) - self.pairs.counts_E
+
+    def first_slots(self) -> tuple[jax.Array, jax.Array]:
+        """`slots` [E, S] of all experts' first rows."""
+        return self.slots(self.start_E(), self.pairs.counts_E, 0)
+
+    def slots(
+        self, start_N: jax.Array, count_N: jax.Array, first_row: jax.Array | int
     ) -> tuple[jax.Array, jax.Array]:
         """Token and weight in every slot [N, S], for experts' rows from `first_row` on."""
+        n_tokens, top_k = self.weights_TK.shape
         row_S = first_row + jnp.arange(SLOTS)
-        pair_NS = pairs.order_N.at[start_N[:, None] + row_S].get(mode="clip")
+        pair_NS = self.pairs.order_N.at[start_N[:, None] + row_S].get(mode="clip")
         # An empty slot has no token, and its row is dropped: with weight zero it might still be infinite.
         token_NS = jnp.where(row_S < count_N[:, None], pair_NS // top_k, n_tokens)
-        return token_NS, weights_TK.reshape(-1)[pair_NS].astype(jnp.float32)
+        return token_NS, self.weights_TK.reshape(-1)[pair_NS].astype(jnp.float32)
 
-    def compute(
-        expert: jax.Array, token_NS: jax.Array, weight_NS: jax.Array, stack: Stack
+    def rows(
+        self,
+        token_NS: jax.Array,
+        weight_NS: jax.Array,
+        stack: Stack,
+        first_group: jax.Array | int,
+        expert: jax.Array | int,
     ) -> tuple[jax.Array, jax.Array]:
         """Tokens [R] and weighted outputs [R, D] of the slots of N experts from this one on."""
-        rows_NSD = x_TD.at[token_NS].get(mode="clip")
+        rows_NSD = self.x_TD.at[token_NS].get(mode="clip")
         gate = _project(rows_NSD, stack.gate, stack.gate_bias, first_group, expert)
         up = _project(rows_NSD, stack.up, stack.up_bias, first_group, expert)
-        act = activation.forward(gate, up).astype(x_TD.dtype)
-        out_NSD = _project(act, stack.down, stack.down_bias, first_group, expert)
-        out_NSD = weight_NS[..., None] * out_NSD
+        act = self.activation.forward(gate, up).astype(rows_NSD.dtype)
+        out_NSD = weight_NS[..., None] * _project(act, stack.down, stack.down_bias, first_group, expert)
         return token_NS.reshape(-1), out_NSD.reshape(-1, out_NSD.shape[-1])
 
-    def add(state: tuple[jax.Array, Stack], parts: list[tuple]) -> tuple[jax.Array, Stack]:
+
+def _first_rows_in_turns(work: _Work, stack: Stack, first_group: jax.Array) -> jax.Array:
+    """What the first slots of every expert add, [T,D]."""
+    n_experts = work.pairs.counts_E.size
+    together = next(n for n in (2, 1) if n_experts % n == 0)
+    chains = CHAINS if n_experts // together % CHAINS == 0 else 1
+    slots = work.first_slots()  # of all experts at once: fewer operations in a turn
+
+    def turn(number: jax.Array, state: tuple[jax.Array, Stack]) -> tuple[jax.Array, Stack]:
         y_TD, stack = state
-        token_R, out_RD = (jnp.concatenate(part) for part in zip(*parts, strict=True))
-        # The barrier has the reason that it has in the loop over blocks: no conversion of the whole stack.
-        return y_TD.at[token_R].add(out_RD, mode="drop"), lax.optimization_barrier(stack)
-
-    first_slots = fill(start_E, pairs.counts_E, 0)  # of all experts at once: fewer operations in a turn
-
-    def first_turn(number: jax.Array, state: tuple[jax.Array, Stack]) -> tuple[jax.Array, Stack]:
         experts = [(number * chains + chain) * together for chain in range(chains)]
-        slots = [_some(first_slots, expert, together) for expert in experts]
-        return add(state, [compute(e, *filled, state[1]) for e, filled in zip(experts, slots, strict=True)])
+        rows = [work.rows(*_some(slots, expert, together), stack, first_group, expert) for expert in experts]
+        # The barrier has the reason that it has in the loop over blocks: no conversion of the whole stack.
+        return _add(y_TD, rows), lax.optimization_barrier(stack)
 
-    def further_turn(number: jax.Array, state: tuple[jax.Array, Stack]) -> tuple[jax.Array, Stack]:
+    state = jnp.zeros(work.x_TD.shape, jnp.float32), stack
+    return lax.fori_loop(0, n_experts // (chains * together), turn, state)[0]
+
+
+def _with_further_rows(y_TD: jax.Array, work: _Work, stack: Stack, first_group: jax.Array) -> jax.Array:
+    """With what the rows beyond the first slots add, one expert a turn."""
+    counts_E, start_E = work.pairs.counts_E, work.start_E()
+    turns_E = jnp.maximum(-(-counts_E // SLOTS) - 1, 0)
+    stop_E = jnp.cumsum(turns_E)
+
+    def turn(number: jax.Array, state: tuple[jax.Array, Stack]) -> tuple[jax.Array, Stack]:
+        y_TD, stack = state
         expert = (number >= stop_E).sum()
-        turn = number - stop_E[expert] + more_E[expert] + 1
-        filled = fill(*_some((start_E, pairs.counts_E), expert, 1), SLOTS * turn)
-        return add(state, [compute(expert, *filled, state[1])])
+        first_row = SLOTS * (number - stop_E[expert] + turns_E[expert] + 1)
+        slots = work.slots(*_some((start_E, counts_E), expert, 1), first_row)
+        return _add(y_TD, [work.rows(*slots, stack, first_group, expert)]), lax.optimization_barrier(stack)
 
-    state = jnp.zeros(x_TD.shape, jnp.float32), stack
-    state = lax.fori_loop(0, n_experts // (chains * together), first_turn, state)
-    return lax.fori_loop(0, stop_E[-1], further_turn, state)[0]
+    return lax.fori_loop(0, stop_E[-1], turn, (y_TD, stack))[0]
+
+
+def _add(y_TD: jax.Array, parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    token_R, out_RD = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    return y_TD.at[token_R].add(out_RD, mode="drop")
 
 
 def _some(arrays: tuple[jax.Array, ...], expert: jax.Array, count: int) -> list[jax.Array]:
@@ -106,8 +151,8 @@ def _project(
     rows_NSI: jax.Array,
     weights: AnyWeight,
     bias: jax.Array | None,
-    first_group: jax.Array,
-    expert: jax.Array,
+    first_group: jax.Array | int,
+    expert: jax.Array | int,
 ) -> jax.Array:
     """Each expert's rows times its matrix, plus its bias where there is one; float32 [N,S,O]."""
     n_together = rows_NSI.shape[0]

@@ -13,7 +13,7 @@ from flax import nnx
 from safemoe_jax.models.activation import Activation
 from safemoe_jax.models.adapted import Adapted, base_of, shape_of
 from safemoe_jax.models.config import Compute, LoraConfig, ModelConfig
-from safemoe_jax.models.expert_stack import Stack
+from safemoe_jax.models.expert_stack import Place, Stack
 from safemoe_jax.models.feed_forward import FeedForward
 from safemoe_jax.models.grouped_matmul import choose_kernel, expert_ffn
 from safemoe_jax.models.linear import Linear
@@ -23,11 +23,11 @@ from safemoe_jax.models.router import Router, choose_experts
 
 GATE_UP_TARGET = "mlp.experts.gate_up_proj"
 DOWN_TARGET = "mlp.experts.down_proj"
-_MATRICES = ("gate", "up", "down")
+MATRICES = ("gate", "up", "down")
 EXPERT_STACKS = (
-    *_MATRICES,
-    *(f"{name}.{part}" for name in _MATRICES for part in PARTS),
-    *(f"{name}_bias" for name in _MATRICES),
+    *MATRICES,
+    *(f"{name}.{part}" for name in MATRICES for part in PARTS),
+    *(f"{name}_bias" for name in MATRICES),
 )
 """Parameters of `Experts` with one entry an expert: kernels read a stack of layers [R * E, ...] in place."""
 
@@ -64,7 +64,7 @@ class Experts(nnx.Module):
         x_BTD: jax.Array,
         weights_BTK: jax.Array,
         experts_BTK: jax.Array,
-        first_group: jax.Array | int,
+        place: Place,
         compute: Compute,
     ) -> jax.Array:
         """The weighted sum of each token's experts, [B, T, D].
@@ -73,7 +73,7 @@ class Experts(nnx.Module):
             x_BTD: tokens.
             weights_BTK: combine weights.
             experts_BTK: indices of the chosen experts.
-            first_group: where this layer's experts begin in the arrays (see G above).
+            place: where this layer's experts lie in the arrays (see G above).
             compute: kernel and mesh.
         """
         stack = self._weights(x_BTD.dtype)
@@ -84,13 +84,14 @@ class Experts(nnx.Module):
             weights_XK if self.float32_weights else weights_XK.astype(x_XD.dtype),
             experts_BTK.reshape(weights_XK.shape),
             *stack[:3],
-            first_group=first_group,
+            first_group=place.first_group,
             n_experts=self.n_experts,
             kernel=self._kernel(compute, weights_XK.shape, stack),
             mesh=compute.mesh,
             biases=None if self.down_bias is None else stack[3:],
             activation=self.activation,
             scale_input=self.scale_input,
+            own=place.own,
         )
         return y_XD.reshape(x_BTD.shape)
 
@@ -136,7 +137,7 @@ class MoE(nnx.Module):
         x_BTD: jax.Array,
         forced_logits_BTE: jax.Array | None,
         forced_BT: jax.Array | None,
-        first_group: jax.Array | int,
+        place: Place,
         compute: Compute,
     ) -> tuple[jax.Array, jax.Array]:
         """Routes and computes.
@@ -145,7 +146,7 @@ class MoE(nnx.Module):
             x_BTD: normalised hidden states.
             forced_logits_BTE: router logits to route by instead, where forced_BT is True.
             forced_BT: bool, or None.
-            first_group, compute: as in `Experts`.
+            place, compute: as in `Experts`.
 
         Returns:
             The output [B, T, D] and the router's own logits [B, T, E], float32.
@@ -158,7 +159,7 @@ class MoE(nnx.Module):
         weights_BTK, experts_BTK = choose_experts(
             used_BTE, self.config, None if correction is None else correction[...]
         )
-        y_BTD = self.experts(x_BTD, weights_BTK, experts_BTK, first_group, compute)
+        y_BTD = self.experts(x_BTD, weights_BTK, experts_BTK, place, compute)
         return self._with_shared(x_BTD, y_BTD), logits_BTE
 
     def _with_shared(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from safemoe_jax.models.activation import SILU, Activation
 from safemoe_jax.models.adapted import Adapted, AnyWeight, shape_of, times
 from safemoe_jax.models.expert_blocks import blocks_ffn
 from safemoe_jax.models.expert_layout import Pairs, collect, dispatch, sort_pairs
-from safemoe_jax.models.expert_stack import Stack
+from safemoe_jax.models.expert_stack import OwnArrays, Stack
 from safemoe_jax.models.quantised import Int4, Quantised
 
 Kernel = Literal["dense", "blocks", "ragged", "megablox"]
@@ -71,6 +71,7 @@ def expert_ffn(
     biases: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     activation: Activation = SILU,
     scale_input: bool = False,
+    own: OwnArrays | None = None,
 ) -> jax.Array:
     """y[t] = sum_k weights[t,k] * down_e(activation(gate_e x_t, up_e x_t)), e = experts[t,k]; no drops.
 
@@ -96,6 +97,7 @@ def expert_ffn(
         biases: of gate and up [G,F] and of down [G,D]; each is added once a chosen expert.
         activation: what stands between the projections, silu(gate) * up by default.
         scale_input: the weights multiply the experts' input, not their output.
+        own: the matrices once more, an array a layer; "blocks" on one device may read these instead.
 
     Returns:
         [T,D] in the dtype of x_TD; products are accumulated in float32.
@@ -114,7 +116,7 @@ def expert_ffn(
         y_XD = _sharded(*arguments, stack, n_experts, kernel, mesh, activation)
     else:
         interpret = _platform(mesh) != "tpu"
-        y_XD = _one_device(*arguments, stack, first_group, n_experts, kernel, interpret, activation)
+        y_XD = _one_device(*arguments, stack, first_group, n_experts, kernel, interpret, activation, own)
     y_XD = y_XD.astype(x_TD.dtype)
     return y_XD.reshape(*experts_TK.shape, -1).sum(1) if scale_input else y_XD
 
@@ -142,10 +144,11 @@ def _one_device(
     kernel: Kernel,
     interpret: bool,
     activation: Activation,
+    own: OwnArrays | None = None,
 ) -> jax.Array:
     """float32 [T,D]; experts outside [0, n_experts) contribute zero."""
     if kernel == "blocks":
-        return blocks_ffn(x_TD, weights_TK, experts_TK, stack, first_group, n_experts, activation)
+        return blocks_ffn(x_TD, weights_TK, experts_TK, stack, first_group, n_experts, activation, own)
     stack = stack.layer(first_group, n_experts)
     if kernel == "dense":
         return _dense(x_TD, weights_TK, experts_TK, stack, activation)

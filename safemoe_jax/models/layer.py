@@ -7,6 +7,7 @@ from flax import nnx
 
 from safemoe_jax.models.attention import Attention, Row, Traits
 from safemoe_jax.models.config import Compute, ModelConfig
+from safemoe_jax.models.expert_stack import Place
 from safemoe_jax.models.experts import MoE
 from safemoe_jax.models.feed_forward import FeedForward
 from safemoe_jax.models.kv_cache import KeysValues, LayerCache
@@ -44,14 +45,14 @@ class Layer(nnx.Module):
         x_BTD: jax.Array,
         row: Row,
         forced_logits_BTE: jax.Array | None,
-        first_group: jax.Array | int,
+        place: Place,
         compute: Compute,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Experts or dense feed-forward with their residual, and the router logits of a MoE layer."""
         h_BTD, logits_BTE = self.post_attention_norm(x_BTD), None
         if self.kind == "moe":
             with jax.named_scope("moe"):
-                y_BTD, logits_BTE = self.moe(h_BTD, forced_logits_BTE, row.forced_BT, first_group, compute)
+                y_BTD, logits_BTE = self.moe(h_BTD, forced_logits_BTE, row.forced_BT, place, compute)
         else:
             with jax.named_scope("mlp"):
                 y_BTD = self.mlp(h_BTD)

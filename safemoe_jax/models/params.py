@@ -26,10 +26,15 @@ Params = dict[str, jax.Array]
 
 
 class Weights(NamedTuple):
-    """A network's parameters, split once into those that a run changes and those that it does not."""
+    """A network's parameters, split once into those that a run changes and those that it does not.
+
+    frozen, trainable: disjoint.
+    layers: some of the frozen ones once more, as an array a layer (`layer_views`).
+    """
 
     frozen: Params
     trainable: Params
+    layers: Mapping[str, tuple[jax.Array, ...]] = {}
 
     @classmethod
     def of(cls, params: Params) -> Weights:

@@ -15,7 +15,8 @@ from jax.extend.core import Primitive
 
 from safemoe_jax.models.attention import Row, Traits
 from safemoe_jax.models.config import Compute, ModelConfig, Segment
-from safemoe_jax.models.experts import EXPERT_STACKS
+from safemoe_jax.models.expert_stack import OwnArrays, Place
+from safemoe_jax.models.experts import EXPERT_STACKS, MATRICES
 from safemoe_jax.models.kv_cache import Apart, KeysValues, LayerCache, Stacked
 from safemoe_jax.models.layer import Layer
 from safemoe_jax.models.params import Params, Weights, bind
@@ -63,16 +64,17 @@ def run_segment(
     stop = segment.repeats if stop is None else stop
     places = range(len(segment.pattern))
     frozen = [_frozen_stacks(weights, s, p, compute) for p in places]
+    own = [_own_arrays(weights, s, p) for p in places]
     shared, scanned = _split_traits(config, segment, stop)
 
     def body(x_BTD: jax.Array, per_repeat: tuple) -> tuple[jax.Array, tuple]:
         repeat, trainable, traits, forced = per_repeat
         router_logits, kept = [], []
         for p, kind in enumerate(segment.pattern):
-            layer, first_group = _bind_layer(config, kind, frozen[p], trainable[p], repeat)
+            layer, experts_at = _bind_layer(config, kind, frozen[p], trainable[p], repeat, own[p])
             seen = None if cache is None else LayerCache(cache[p], repeat)
             x_BTD, new = layer.attend(x_BTD, row, Traits(**shared[p], **traits[p]), seen)
-            x_BTD, logits_BTE = layer.feed_forward(x_BTD, row, forced[p], first_group, compute)
+            x_BTD, logits_BTE = layer.feed_forward(x_BTD, row, forced[p], experts_at, compute)
             x_BTD = constrain(x_BTD, compute.mesh, ACTIVATION_AXES)
             router_logits += [] if logits_BTE is None else [logits_BTE]
             kept.append(new)
@@ -90,13 +92,13 @@ def run_segment(
 
 def layer_at(
     config: ModelConfig, weights: Weights, layer: int, compute: Compute
-) -> tuple[Layer, Traits, jax.Array | int]:
-    """One layer outside of any scan: its module, its traits, and where its experts begin in their arrays."""
+) -> tuple[Layer, Traits, Place]:
+    """One layer outside of any scan: its module, its traits, and where its experts lie."""
     s, repeat, p = place_of(config, layer)
     trainable = {name: stack[repeat] for name, stack in _params_of(weights.trainable, s, p).items()}
     frozen = _frozen_stacks(weights, s, p, compute)
-    module, first_group = _bind_layer(config, config.segments[s].pattern[p], frozen, trainable, repeat)
-    return module, Traits.of(config.layers[layer]), first_group
+    module, experts_at = _bind_layer(config, config.segments[s].pattern[p], frozen, trainable, repeat)
+    return module, Traits.of(config.layers[layer]), experts_at
 
 
 def place_of(config: ModelConfig, layer: int) -> tuple[int, int, int]:
@@ -158,14 +160,16 @@ def _bind_layer(
     frozen: Params,
     trainable: Params,
     repeat: jax.Array | int,
-) -> tuple[Layer, jax.Array | int]:
-    """The layer of one place in the pattern, and where its experts begin in the expert arrays.
+    own: tuple = (),
+) -> tuple[Layer, Place]:
+    """The layer of one place in the pattern, and where its experts lie.
 
     Args:
         config, kind: the network, the kind of layer.
         frozen: the place's frozen stacks, as `_frozen_stacks` gives them.
         trainable: this layer's trainable parameters.
         repeat: int32, the layer's index in the stacks.
+        own: as `_own_arrays` gives it.
     """
     arrays, first_group = dict(trainable), 0
     for name, stack in frozen.items():
@@ -173,7 +177,7 @@ def _bind_layer(
             arrays[name], first_group = stack, repeat * config.n_experts
         else:
             arrays[name] = jax.lax.dynamic_index_in_dim(stack, repeat, keepdims=False)
-    return bind(Layer(config, kind), arrays), first_group
+    return bind(Layer(config, kind), arrays), Place(first_group, OwnArrays(own, repeat) if own else None)
 
 
 def _frozen_stacks(weights: Weights, s: int, p: int, compute: Compute) -> Params:
@@ -190,6 +194,14 @@ def _frozen_stacks(weights: Weights, s: int, p: int, compute: Compute) -> Params
         name: stack.reshape(-1, *stack.shape[2:]) if name in _EXPERT_STACKS else stack
         for name, stack in frozen.items()
     }
+
+
+def _own_arrays(weights: Weights, s: int, p: int) -> tuple[tuple[jax.Array, ...], ...]:
+    """Gate, up and down of each repeat, where there are views of all of them; else ()."""
+    names = [f"segments.{s}.{p}.moe.experts.{matrix}" for matrix in MATRICES]
+    if not all(name in weights.layers for name in names):
+        return ()
+    return tuple(zip(*(weights.layers[name] for name in names), strict=True))
 
 
 def _params_of(params: Params, s: int, p: int) -> Params:

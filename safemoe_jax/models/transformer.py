@@ -153,12 +153,12 @@ def routing_pass(
         x_BTD, logits_XBTE, _ = run_segment(config, weights, s, x_BTD, row, compute, stop=stop)
         router_logits.append(logits_XBTE)
     for index in range(last_router - place, last_router + 1):
-        layer, traits, first_group = layer_at(config, weights, index, compute)
+        layer, traits, experts_at = layer_at(config, weights, index, compute)
         x_BTD, _ = layer.attend(x_BTD, row, traits, None)
         if index == last_router:
             router_logits.append(layer.route(x_BTD)[None])
             break
-        x_BTD, logits_BTE = layer.feed_forward(x_BTD, row, None, first_group, compute)
+        x_BTD, logits_BTE = layer.feed_forward(x_BTD, row, None, experts_at, compute)
         router_logits.append(None if logits_BTE is None else logits_BTE[None])
     return _stack(router_logits, config, tokens_BT)
 

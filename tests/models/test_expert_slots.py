@@ -17,23 +17,28 @@ from safemoe_jax.models.adapted import Adapted
 from safemoe_jax.models.expert_blocks import blocks_ffn
 from safemoe_jax.models.expert_layout import Pairs, sort_pairs
 from safemoe_jax.models.expert_slots import few_rows
-from safemoe_jax.models.expert_stack import Stack
+from safemoe_jax.models.expert_stack import OwnArrays, Stack
 from safemoe_jax.models.grouped_matmul import expert_ffn
 from safemoe_jax.models.quantised import dense, quantise
 from tests.models import test_expert_variants as variants
 from tests.models import test_grouped_matmul as plain
 from tests.models.test_grouped_matmul import LAYER, D, E, F, K, L, assert_close
 
+IN_PLACE = pytest.mark.parametrize("in_place", [False, True], ids=["stack", "own arrays"])
 TOKENS = 10
 """Five rows an expert on average, of its eight slots."""
 
 
-@partial(jax.jit, static_argnames=("first", "n_experts", "activation", "scale_input"))
-def values(arrays, biases=None, *, first=LAYER * E, n_experts=E, activation=SILU, scale_input=False):
-    """y alone."""
+@partial(jax.jit, static_argnames=("first", "n_experts", "activation", "scale_input", "in_place"))
+def values(
+    arrays, biases=None, *, first=LAYER * E, n_experts=E, activation=SILU, scale_input=False, in_place=False
+):
+    """y alone; `in_place`: with each layer's matrices as arrays of their own."""
+    by_layer = [stack.reshape(-1, n_experts, *stack.shape[1:]) for stack in arrays[3:]]
+    own = OwnArrays(tuple(zip(*by_layer, strict=True)), jnp.int32(first // n_experts)) if in_place else None
     return expert_ffn(
         *arrays, first_group=first, n_experts=n_experts, kernel="blocks", biases=biases,
-        activation=activation, scale_input=scale_input,
+        activation=activation, scale_input=scale_input, own=own,
     )  # fmt: skip
 
 
@@ -45,8 +50,9 @@ def test_form_follows_the_rows_of_an_expert():
     assert [few_rows(pairs(tokens)) for tokens in (5, 6, TOKENS, 11)] == [False, True, True, False]
 
 
+@IN_PLACE
 @pytest.mark.parametrize("n_experts", [4, 6, 7])
-def test_value_matches_the_loop_by_hand(n_experts):
+def test_value_matches_the_loop_by_hand(n_experts, in_place):
     """Four, two or one at a time; an expert beyond them counts for nothing."""
     rng = np.random.default_rng(0)
     tokens = 2 * n_experts
@@ -59,34 +65,40 @@ def test_value_matches_the_loop_by_hand(n_experts):
         a = x_TD[t] @ gate[g]
         wanted_TD[t] += weights_TK[t, k] * (a / (1 + np.exp(-a)) * (x_TD[t] @ up[g])) @ down[g]
     floats = [a.astype(np.float32) for a in (x_TD, weights_TK, gate, up, down)]
-    found = values([*floats[:2], experts_TK, *floats[2:]], first=n_experts, n_experts=n_experts)
+    found = values(
+        [*floats[:2], experts_TK, *floats[2:]], first=n_experts, n_experts=n_experts, in_place=in_place
+    )
     assert_close(found, wanted_TD, 2e-6)
 
 
-def test_an_expert_with_more_rows_than_slots_takes_another_turn():
+@IN_PLACE
+def test_an_expert_with_more_rows_than_slots_takes_another_turn(in_place):
     arrays = list(plain.problem(1, tokens=TOKENS))
     arrays[2] = np.tile(np.array([[3, 1]], np.int32), (TOKENS, 1))
     d_y = np.zeros((TOKENS, D), np.float32)
-    assert_close(values(arrays), plain.by_hand(*arrays, d_y)[0], 2e-6)
+    assert_close(values(arrays, in_place=in_place), plain.by_hand(*arrays, d_y)[0], 2e-6)
 
 
-def test_an_expert_that_overflows_spoils_only_its_own_tokens():
+@IN_PLACE
+def test_an_expert_that_overflows_spoils_only_its_own_tokens(in_place):
     arrays = list(plain.problem(7, tokens=TOKENS))
     arrays[5] = arrays[5].copy()
     arrays[5][LAYER * E + 2] = np.inf
     uses_it = (arrays[2] == 2).any(1)
     assert 0 < uses_it.sum() < TOKENS
-    np.testing.assert_array_equal(np.isfinite(values(arrays)).all(1), ~uses_it)
+    np.testing.assert_array_equal(np.isfinite(values(arrays, in_place=in_place)).all(1), ~uses_it)
 
 
+@IN_PLACE
 @pytest.mark.parametrize("name", variants.VARIANTS)
-def test_variants_match_the_loop_by_hand(name):
+def test_variants_match_the_loop_by_hand(name, in_place):
     variant = variants.VARIANTS[name]
     # Weighted inputs make each pair a token of its own, which leaves the number of rows as it is.
     experts_TK, floats = variants.problem(0, variant["bias"], TOKENS)
     arrays, biases = [*floats[:2], experts_TK, *floats[2:5]], tuple(floats[5:]) or None
     activation = Activation(variant["kind"], variants.LIMIT, variants.ALPHA)
-    found = values(arrays, biases, activation=activation, scale_input=variant["scale_input"])
+    form = {"scale_input": variant["scale_input"], "in_place": in_place}
+    found = values(arrays, biases, activation=activation, **form)
     wanted = variants.by_hand(experts_TK, floats, variant["kind"], variant["scale_input"])
     assert_close(found, wanted, 2e-6)
 
@@ -123,6 +135,27 @@ def test_rounded_and_adapted_weights_count_as_their_sums(quantisation):
     # What is differentiated takes the loop over blocks.
     with_gradients = jax.jit(lambda sums: jax.vjp(run, sums)[0])(Stack(gate_sum, up_sum, down_sum))
     np.testing.assert_allclose(jax.jit(run)(stack), with_gradients, atol=1e-5)
+
+
+def test_adapted_matrices_in_place_count_as_their_sums():
+    x_TD, weights_TK, experts_TK, gate, up, down = map(jnp.asarray, plain.problem(6, tokens=TOKENS))
+    rng, layer = np.random.default_rng(6), slice(LAYER * E, LAYER * E + E)
+    normal = lambda *shape: np.float32(rng.normal(size=shape) / 4)  # noqa: E731
+    factors = [
+        (normal(E, D, 2), normal(E, 2, F)),
+        (normal(E, D, 2), normal(E, 2, F)),
+        (normal(E, F, 2), normal(E, 2, D)),
+    ]
+    bases = gate, up, down
+    sums = [base.at[layer].add(a @ b) for base, (a, b) in zip(bases, factors, strict=True)]
+    own = OwnArrays(tuple(zip(*(base.reshape(L, E, *base.shape[1:]) for base in bases), strict=True)), LAYER)
+    adapted = Stack(*(Adapted(base, *ab) for base, ab in zip(bases, factors, strict=True)))
+
+    @jax.jit
+    def run(stack: Stack, own: OwnArrays | None) -> jax.Array:
+        return blocks_ffn(x_TD, weights_TK, experts_TK, stack, LAYER * E, E, SILU, own)
+
+    assert_close(run(adapted, own), run(Stack(*sums), None), 2e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
