@@ -25,6 +25,7 @@ from safemoe_jax.models import (
     declare,
     forward,
 )
+from safemoe_jax.models.expert_stack import Place
 from safemoe_jax.models.experts import MoE
 from safemoe_jax.models.feed_forward import FeedForward
 from safemoe_jax.models.lora import add_adapters, describe, lora_targets, merge_adapters, with_adapters
@@ -63,7 +64,7 @@ def random_arrays(module, seed: int = 0) -> dict[str, np.ndarray]:
 @partial(jax.jit, static_argnums=0, static_argnames="compute")
 def run_moe(config, arrays, x, forced=None, everywhere=None, *, compute):
     """The output and the router's logits of one layer."""
-    return bind(MoE(config), arrays)(x, forced, everywhere, 0, compute)
+    return bind(MoE(config), arrays)(x, forced, everywhere, Place(), compute)
 
 
 def states(seed: int = 1) -> np.ndarray:
