@@ -153,7 +153,7 @@ def computed(config: ModelConfig, weights: Weights, mesh: Mesh) -> dict[str, np.
     compute = Compute(mesh=mesh if mesh.size > 1 else None)
     step = TaskStep(config, compute, mesh, router_aux_coef=0.1, loss_term=logits_beside)
     placed = jax.device_put(batch, batch_shardings(batch, mesh))
-    gradient, metrics = jax.jit(step.gradient)(*weights, placed, TaskConstants())
+    gradient, metrics = jax.jit(step.gradient)(weights.frozen, weights.trainable, placed, TaskConstants())
     return {name: np.asarray(value) for name, value in {**metrics, **gradient}.items()}
 
 
