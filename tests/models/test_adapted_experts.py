@@ -32,7 +32,9 @@ rounded = jax.jit(quantise, static_argnums=1)
 
 
 @cache
-def draw_layer(adapted: tuple[str, ...], method: str | None, biased: bool) -> tuple[jax.Array, Stack]:
+def draw_layer(
+    adapted: tuple[str, ...], method: str | None, biased: bool, n_tokens: int = N
+) -> tuple[jax.Array, Stack]:
     """Tokens [N, D], and experts of which those named have an update."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32)  # noqa: E731
@@ -44,7 +46,7 @@ def draw_layer(adapted: tuple[str, ...], method: str | None, biased: bool) -> tu
 
     weights = weight("gate", D, F), weight("up", D, F), weight("down", F, D)
     biases = (draw(E, F), draw(E, F), draw(E, D)) if biased else ()
-    return draw(N, D), Stack(*weights, *biases)
+    return draw(n_tokens, D), Stack(*weights, *biases)
 
 
 def added(weight: AnyWeight | None) -> jax.Array | None:
@@ -64,8 +66,8 @@ def close(got: object, wanted: object) -> None:
 def value_and_gradients(kernel: str, x_ND: jax.Array, stack: Stack, keep_sum: bool) -> tuple:
     """The output, and gradients of the tokens, the combine weights and every float part of the stack."""
     rng = np.random.default_rng(1)
-    weights_NK = rng.uniform(size=(N, K)).astype(np.float32)
-    experts_NK = rng.integers(0, E - 1, (N, K), np.int32)  # the last expert gets no token
+    weights_NK = rng.uniform(size=(len(x_ND), K)).astype(np.float32)
+    experts_NK = rng.integers(0, E - 1, weights_NK.shape, np.int32)  # the last expert gets no token
     parts, structure = jax.tree.flatten(stack, is_leaf=lambda part: isinstance(part, Quantised))
     trains = [not isinstance(part, Quantised) for part in parts]
 
@@ -85,29 +87,30 @@ def value_and_gradients(kernel: str, x_ND: jax.Array, stack: Stack, keep_sum: bo
 
 
 @cache
-def of_the_sum(adapted: tuple[str, ...], method: str | None, biased: bool) -> tuple:
+def of_the_sum(*layer: object) -> tuple:
     """What every kernel is held to: the dense one on sums that JAX differentiates."""
-    return value_and_gradients("dense", *draw_layer(adapted, method, biased), keep_sum=True)
+    return value_and_gradients("dense", *draw_layer(*layer), keep_sum=True)
 
 
 ALL = ("gate", "up", "down")
 
 
 # Blocks have rules of their own for every case; the other kernels multiply each weight by itself, by one rule
-# for all of them, so that they share the cases.
+# for all of them, so that they share the cases. Only in the last does an expert have blocks of two sizes.
 @pytest.mark.parametrize(
-    ("kernel", "adapted", "method", "biased"),
+    ("kernel", "adapted", "method", "biased", "n_tokens"),
     [
-        *((kernel, ALL, None, True) for kernel in ("blocks", "ragged", "megablox")),
-        *((kernel, ("gate", "up"), None, False) for kernel in ("blocks", "megablox")),
-        *((kernel, ("down",), None, False) for kernel in ("blocks", "ragged")),
-        *((kernel, ALL, "int8", False) for kernel in ("blocks", "dense")),
+        *((kernel, ALL, None, True, N) for kernel in ("blocks", "ragged", "megablox")),
+        *((kernel, ("gate", "up"), None, False, N) for kernel in ("blocks", "megablox")),
+        *((kernel, ("down",), None, False, N) for kernel in ("blocks", "ragged")),
+        *((kernel, ALL, "int8", False, 2 * N) for kernel in ("blocks", "dense")),
     ],
 )
-def test_value_and_gradients_are_those_of_the_sum(kernel, adapted, method, biased):
-    wanted = of_the_sum(adapted, method, biased)
+def test_value_and_gradients_are_those_of_the_sum(kernel, adapted, method, biased, n_tokens):
+    layer = adapted, method, biased, n_tokens
+    wanted = of_the_sum(*layer)
     assert all(np.any(value != 0) for value in jax.tree.leaves(wanted))
-    close(value_and_gradients(kernel, *draw_layer(adapted, method, biased), keep_sum=False), wanted)
+    close(value_and_gradients(kernel, *draw_layer(*layer), keep_sum=False), wanted)
 
 
 @partial(jax.jit, static_argnames=("kernel", "first_group", "keep_sum"))

@@ -91,16 +91,17 @@ MESHES = {
 }
 # Every kind of attention and of expert meets fsdp, expert and tensor on the second mesh. Data splits rows, as
 # fsdp does, whatever is computed of them: for it one network in floats and each container are enough.
-ON_DATA = ("sinks, windows, biases", "int8, adapters on gate and up", "int4, adapters on down")
+ON_DATA = ("sinks, windows, biases", "int8, adapters on down", "int4, adapters on gate and up")
 
 # A device gets its part of each weight as it is rounded, and of an adapted one its parts of the factors too:
-# either container with and without them.
+# either container with and without them. The width that devices cut is that of the inputs of down: its blocks
+# of 4 bits are here without factors, and with them in the runs of `tests/training/children.py`.
 ROUNDED = {
-    "int8, adapters on gate and up": (
-        "int8",
+    "int8, adapters on down": ("int8", LoraConfig(4, 8.0, ("v_proj", "mlp.experts.down_proj"))),
+    "int4, adapters on gate and up": (
+        "int4",
         LoraConfig(4, 8.0, ("q_proj", "o_proj", "mlp.experts.gate_up_proj")),
     ),
-    "int4, adapters on down": ("int4", LoraConfig(4, 8.0, ("v_proj", "mlp.experts.down_proj"))),
 }
 # The experts' width is three blocks of 4 bits, which two devices share. As there are many experts, each gets
 # few rows: the kernel has one size of block to compile, not three.
@@ -152,7 +153,7 @@ def computed(config: ModelConfig, weights: Weights, mesh: Mesh) -> dict[str, np.
     compute = Compute(mesh=mesh if mesh.size > 1 else None)
     step = TaskStep(config, compute, mesh, router_aux_coef=0.1, loss_term=logits_beside)
     placed = jax.device_put(batch, batch_shardings(batch, mesh))
-    gradient, metrics = jax.jit(step.gradient)(*weights, placed, TaskConstants())
+    gradient, metrics = jax.jit(step.gradient)(weights.frozen, weights.trainable, placed, TaskConstants())
     return {name: np.asarray(value) for name, value in {**metrics, **gradient}.items()}
 
 

@@ -32,8 +32,9 @@ def killed(folder: Path) -> None:
 
 def meshes(folder: Path) -> None:
     """The same runs on one device and on eight. Their programs are few and small: batches of prompts have one
-    shape, and experts get few rows each, for which there is one size of block."""
-    world = make_world(folder, d_model=64, expert_dim=64, n_experts=64)
+    shape, and experts get few rows each, for which there is one size of block. The experts' width is three
+    blocks of 4 bits, which two devices share."""
+    world = make_world(folder, d_model=64, expert_dim=96, n_experts=64)
     _in_floats(world)
     _quantised(world)
 

@@ -182,10 +182,10 @@ def used_weights(case: Case, number: int, monkeypatch) -> tuple[jnp.ndarray, jnp
         return x_XD
 
     monkeypatch.setattr(experts_module, "expert_ffn", listening)
-    layer, (module, _, first) = case.layers[number], moe_layer(case, number)
+    layer, (module, _, place) = case.layers[number], moe_layer(case, number)
     logits_1XE = jnp.asarray(layer.logits.float().numpy())[None]
     x_1XD, forced_1X = ours_of(layer.inputs)[None], jnp.ones((1, len(layer.inputs)), bool)
-    module.moe(x_1XD, logits_1XE, forced_1X, first, case.ours.compute)
+    module.moe(x_1XD, logits_1XE, forced_1X, place, case.ours.compute)
     return heard[0]
 
 
