@@ -55,7 +55,8 @@ def slots_ffn(
     if own is None:
         y_TD = _first_rows_in_turns(work, stack, first_group)
     else:
-        rows = own.read(stack, first_group, lambda layer: work.rows(*work.first_slots(), layer, 0, 0))
+        slots = work.first_slots()
+        rows = own.read(stack, first_group, lambda layer: work.rows(*slots, layer, 0, 0))
         y_TD = _add(jnp.zeros(x_TD.shape, jnp.float32), [rows])
     return _with_further_rows(y_TD, work, stack, first_group)
 

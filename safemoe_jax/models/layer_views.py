@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from safemoe_jax.models.config import Compute, ModelConfig
-from safemoe_jax.models.experts import MATRICES, platform
+from safemoe_jax.models.experts import MATRICES
 from safemoe_jax.models.params import Weights
 
 _ALIGNMENT = 64
@@ -24,14 +24,13 @@ _ALIGNMENT = 64
 def with_layer_views(config: ModelConfig, weights: Weights, compute: Compute) -> Weights:
     """The same weights, with the float32 expert stacks [R, E, I, O] viewed as R arrays [E, I, O].
 
-    Nothing is copied. On other platforms, on a mesh of several devices, and for weights that have to be
-    converted before each product, there is nothing to be gained: the weights stay as they are.
+    Nothing is copied. On other platforms, on several devices, and for weights that have to be converted
+    before each product, there is nothing to be gained: the weights stay as they are.
 
     Args:
         weights: actual arrays, not those of a traced function.
     """
-    several_devices = compute.mesh is not None and compute.mesh.size > 1
-    if platform(compute) != "cpu" or several_devices or compute.jnp_dtype != jnp.float32:
+    if compute.jnp_dtype != jnp.float32:
         return weights
     layers = {}
     for s, segment in enumerate(config.segments):
@@ -42,10 +41,13 @@ def with_layer_views(config: ModelConfig, weights: Weights, compute: Compute) ->
 
 
 def _can_be_viewed(stack: jax.Array | None) -> bool:
-    if stack is None or stack.dtype != jnp.float32:
+    if not isinstance(stack, jax.Array) or stack.dtype != jnp.float32:
+        return False
+    if [device.platform for device in stack.devices()] != ["cpu"]:
         return False
     return stack.unsafe_buffer_pointer() % _ALIGNMENT == 0 and stack.nbytes // len(stack) % _ALIGNMENT == 0
 
 
 def _views(stack_REIO: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(jax.device_put(layer_EIO, may_alias=True) for layer_EIO in np.asarray(stack_REIO))
+    (device,) = stack_REIO.devices()
+    return tuple(jax.device_put(layer_EIO, device, may_alias=True) for layer_EIO in np.asarray(stack_REIO))

@@ -52,6 +52,21 @@ def test_greedy_is_the_argmax_of_whole_passes():
     assert got == [naive_greedy(model, prompt, 9) for prompt in prompts]
 
 
+def test_decoding_is_given_the_experts_of_each_layer_in_place(monkeypatch):
+    """What keeps weights from being copied in every step; the answers alone would not show it missing."""
+    seen = []
+
+    def spy(config, weights, *arguments, **options):
+        seen.append(weights.layers)
+        return generate_batch(config, weights, *arguments, **options)
+
+    monkeypatch.setattr("safemoe_jax.evaluation.generate.generate_batch", spy)
+    generate(small_model(), random_prompts(LENGTHS), max_new_tokens=9, batch_size=2, stop_tokens=())
+    assert len(seen) == 3
+    assert all({name.rsplit(".", 1)[1] for name in layers} == {"gate", "up", "down"} for layers in seen)
+    assert all(len(views) == CONFIG.n_layers for layers in seen for views in layers.values())
+
+
 def test_answers_end_before_the_first_stop_token():
     model, prompts = small_model(), random_prompts(LENGTHS)
     free = generate(model, prompts, max_new_tokens=9, stop_tokens=())

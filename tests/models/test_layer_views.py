@@ -8,29 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from safemoe_jax.models import Compute, LayerConfig, ModelConfig, Weights, decode_step, prefill
+from safemoe_jax.models import Compute, LayerConfig, Weights, decode_step, prefill
 from safemoe_jax.models.layer_views import with_layer_views
 from safemoe_jax.models.params import cast
+from safemoe_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.models.drawn import draw_params
+from tests.models.test_decoder import PLAIN
 
-CONFIG = ModelConfig(
-    family="any",
-    vocab_size=30,
-    d_model=16,
-    n_layers=7,
-    n_heads=2,
-    n_kv_heads=2,
-    head_dim=8,
-    norm_eps=0.02,
-    n_experts=4,
-    top_k=2,
-    expert_dim=8,
-    dense_dim=12,
-    # Two segments: two repeats of the first three layers, then one of a dense layer.
-    layers=tuple(map(LayerConfig, ("moe", "dense", "moe", "moe", "dense", "moe", "dense"))),
-    expert_bias=True,
-)
+# Two segments: two repeats of the first three layers, then one of a dense layer.
+KINDS = ("moe", "dense", "moe", "moe", "dense", "moe", "dense")
+CONFIG = replace(PLAIN, n_layers=7, layers=tuple(map(LayerConfig, KINDS)), n_experts=4, expert_bias=True)
 COMPUTE = Compute(experts="blocks")
 STACKS = ("gate", "up", "down")
 ROWS, PROMPT = 8, 5
@@ -55,6 +45,15 @@ def test_views_lie_in_the_stacks():
             start + r * size for r in range(len(stack))
         ]
         np.testing.assert_array_equal(np.stack(layers), stack)
+
+
+def test_weights_placed_on_a_mesh_of_one_device_are_viewed_too():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    params = {
+        name: jax.device_put(value, NamedSharding(mesh, P())) for name, value in draw_params(CONFIG).items()
+    }
+    name, layers = next(iter(views(Weights.of(params), replace(COMPUTE, mesh=mesh)).layers.items()))
+    assert layers[0].unsafe_buffer_pointer() == params[name].unsafe_buffer_pointer()
 
 
 @pytest.mark.parametrize(
