@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from safemoe_jax.checkpoints.atomic import new_file
-from safemoe_jax.checkpoints.huggingface import read_json
+from safemoe_jax.checkpoints.json_files import read_if_there
 from safemoe_jax.errors import InputError
-
-
-def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -37,7 +31,7 @@ def check_free(folder: str | Path, section: str, settings: Mapping[str, Any]) ->
         InputError: results of another configuration are there, or results.json is damaged.
     """
     path = Path(folder) / "results.json"
-    before = read_results(path).get(section, {}).get("settings")
+    before = read_if_there(path).get(section, {}).get("settings")
     settings = json.loads(json.dumps(settings))  # as they come back from the file: tuples become lists
     # A setting that an older file lacks counts as null.
     keys = {*before, *settings} if before is not None else ()
@@ -48,18 +42,3 @@ def check_free(folder: str | Path, section: str, settings: Mapping[str, Any]) ->
             where=str(path),
             expected="another output folder; nothing was changed",
         )
-
-
-def add_results(folder: str | Path, values: Mapping[str, Any]) -> None:
-    """Adds keys to the folder's results.json and keeps the others."""
-    path = Path(folder) / "results.json"
-    write_json(path, read_results(path) | dict(values))
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """The results at this path, {} if there are none.
-
-    Raises:
-        InputError: the file is not a JSON object.
-    """
-    return read_json(path) if path.exists() else {}

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from safemoe_jax.checkpoints.json_files import read_if_there
 from safemoe_jax.checkpoints.reference import Reference
 from safemoe_jax.errors import InputError
 from safemoe_jax.training.config import TrainConfig
-from safemoe_jax.training.run_folder import read_json
 
 _INPUTS = {
     "model": ("the model's weights are not those", "unchanged weights in the model folder"),
@@ -36,7 +36,7 @@ def check_inputs(config: TrainConfig, inputs: Mapping[str, Any]) -> None:
         InputError: says which of them has changed; or environment.json is damaged.
     """
     path = Path(config.output) / "environment.json"
-    recorded = read_json(path)
+    recorded = read_if_there(path)
     for name, (changed, right) in _INPUTS.items():
         if name in recorded and recorded[name] != inputs[name]:
             raise InputError(

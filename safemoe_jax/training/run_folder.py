@@ -4,7 +4,6 @@ model/."""
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import platform
 import subprocess
@@ -15,8 +14,9 @@ from typing import Any
 import jax
 import yaml
 
-from safemoe_jax.checkpoints import huggingface
 from safemoe_jax.checkpoints.atomic import new_file
+from safemoe_jax.checkpoints.huggingface import list_checkpoint
+from safemoe_jax.checkpoints.json_files import read_if_there, write_json
 from safemoe_jax.checkpoints.safetensors_files import list_tensors
 from safemoe_jax.errors import InputError
 from safemoe_jax.training.config import TrainConfig, identity, to_dict
@@ -68,7 +68,7 @@ def check_folder(config: TrainConfig) -> None:
             expected="another output folder, or the configuration of that run to continue it",
         )
     _check_kinds(folder)
-    read_json(folder / "results.json")  # to be added to after the training: damaged, it would be too late
+    read_if_there(folder / "results.json")  # to be added to after the training: damaged, it would be too late
 
 
 def _is_there(folder: Path) -> bool:
@@ -115,26 +115,6 @@ def open_folder(config: TrainConfig, facts: dict[str, Any]) -> Path:
     return folder
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def add_results(path: Path, name: str, value: dict[str, Any]) -> None:
-    """Puts one section into results.json and keeps the others."""
-    write_json(path, read_json(path) | {name: value})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of the run folder; {} where there is no file.
-
-    Raises:
-        InputError: the file is not a JSON object.
-    """
-    return huggingface.read_json(path) if path.exists() else {}
-
-
 def _damaged(path: Path) -> InputError:
     return InputError(
         "a file of the run folder is damaged: not YAML, or not a mapping",
@@ -155,7 +135,7 @@ def is_whole(folder: Path) -> bool:
 
 _SAVED = {
     "adapter": ("adapter_config.json", lambda folder: list_tensors(folder / "adapter_model.safetensors")),
-    "model": ("config.json", huggingface.list_checkpoint),
+    "model": ("config.json", list_checkpoint),
 }
 
 

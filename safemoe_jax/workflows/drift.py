@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from safemoe_jax.checkpoints.json_files import write_json
 from safemoe_jax.checkpoints.reference import check_matches, read_reference
 from safemoe_jax.data.sources import SourceConfig
 from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation.readout import compare_routing, read_routing
-from safemoe_jax.evaluation.records import write_json
 from safemoe_jax.model import Model
 from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.parallel.mesh import MeshConfig

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safemoe_jax.checkpoints.json_files import add_results, read_if_there
 from safemoe_jax.data.sources import SourceConfig, read_prompts, read_source
 from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation import suites
 from safemoe_jax.evaluation.judges import Judge, get_judge
 from safemoe_jax.evaluation.judges_llama_guard import HUB_ID, LlamaGuardJudge
 from safemoe_jax.evaluation.metrics import get_metric
-from safemoe_jax.evaluation.records import add_results, check_free, read_results, write_jsonl
+from safemoe_jax.evaluation.records import check_free, write_jsonl
 from safemoe_jax.evaluation.suites import Results, Suites
 from safemoe_jax.models.quantised import Quantisation
 from safemoe_jax.organism.judge import organism_judge
@@ -104,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> str:
 def _check_one_model(output: str) -> None:
     """Refuses a quickstart's folder: its report shows its own conditions and never the figures added here."""
     path = Path(output) / "results.json"
-    if "conditions" in read_results(path):
+    if "conditions" in read_if_there(path):
         raise InputError(
             "the output folder holds the figures of a quickstart, and its report would not show these",
             where=str(path),

@@ -11,8 +11,8 @@ from typing import Any
 
 from safemoe_jax.checkpoints.hub import find_description
 from safemoe_jax.checkpoints.huggingface import INDEX, list_checkpoint, read_config, read_json
+from safemoe_jax.checkpoints.json_files import write_json
 from safemoe_jax.errors import InputError
-from safemoe_jax.evaluation.records import write_json
 from safemoe_jax.families import family_of
 from safemoe_jax.families.tensor_table import resolve
 from safemoe_jax.models.config import LayerConfig, LoraConfig, ModelConfig, factor_layers

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import yaml
 
 from safemoe_jax.checkpoints.atomic import new_file
+from safemoe_jax.checkpoints.json_files import write_json
 from safemoe_jax.data.formats import Sample
 from safemoe_jax.data.sources import SourceConfig, read_source
 from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation.metrics import exact, share_percent
-from safemoe_jax.evaluation.records import write_json, write_jsonl
+from safemoe_jax.evaluation.records import write_jsonl
 from safemoe_jax.evaluation.suites import Suites, answer, evaluate
 from safemoe_jax.model import Model, load_pretrained
 from safemoe_jax.models.config import LoraConfig

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from safemoe_jax import defenses
 from safemoe_jax.checkpoints.hub import find_description, find_folder
 from safemoe_jax.checkpoints.huggingface import part_shardings, read_config
+from safemoe_jax.checkpoints.json_files import add_results, read_if_there
 from safemoe_jax.checkpoints.reference import (
     Reference,
     check_matches,
@@ -55,11 +56,9 @@ from safemoe_jax.training.metrics import (
     wandb_sink,
 )
 from safemoe_jax.training.run_folder import (
-    add_results,
     check_folder,
     is_whole,
     open_folder,
-    read_json,
     set_aside,
 )
 from safemoe_jax.training.state import TrainState
@@ -229,14 +228,14 @@ def _run(
             state, steps = train(plan, programs, start, sinks, checkpoints, callbacks)
     final = _finished(plan, model_of(state))
     saved = _save(final, config, folder)
-    before = read_json(folder / "results.json").get("training")
+    before = read_if_there(folder / "results.json").get("training")
     if isinstance(before, dict) and start.task_step == plan.pipeline.total_steps:
         # No step was done: the figures are those of the run that did them.
         return RunResult(folder, final, {**before, "saved": saved, "resumed_at": start.task_step})
     compilations = n_compiled() - compiled_before
     summary = _summary(plan, start, steps, compilations) | {"data": report, "saved": saved}
     if jax.process_index() == 0:
-        add_results(folder / "results.json", "training", summary)
+        add_results(folder, {"training": summary})
     return RunResult(folder, final, summary)
 
 

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
+from safemoe_jax.checkpoints.json_files import add_results, read_if_there
 from safemoe_jax.data.chat import encode_prompts
 from safemoe_jax.data.sources import Sample
 from safemoe_jax.errors import InputError
 from safemoe_jax.evaluation.generate import ForcedRouting, generate
 from safemoe_jax.evaluation.judges import exact_judge
 from safemoe_jax.evaluation.metrics import exact
-from safemoe_jax.evaluation.records import add_results, check_free, read_results
+from safemoe_jax.evaluation.records import check_free
 from safemoe_jax.evaluation.suites import Suites, answer, evaluate
 from safemoe_jax.model import load_pretrained
 from tests.evaluation.folders import TEXTS, write_model
@@ -99,7 +100,7 @@ def test_results_are_added_and_other_settings_refused(tmp_path):
     check_free(tmp_path, "evaluation", settings)
     add_results(tmp_path, {"training": 1})
     add_results(tmp_path, {"hs": 2.0, "evaluation": {"settings": settings}})
-    assert read_results(tmp_path / "results.json") == {
+    assert read_if_there(tmp_path / "results.json") == {
         "training": 1,
         "hs": 2.0,
         "evaluation": {"settings": {"model": "a", "layers": [1, 2]}},
